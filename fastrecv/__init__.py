@@ -1,0 +1,1 @@
+"""fastrecv: a Linux receive front end for Python."""

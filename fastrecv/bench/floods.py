@@ -1,0 +1,193 @@
+"""The four floods of the cover letter: what each frame looks like, which socket takes it, which counter shows it.
+
+One source address, many source ports, one destination: zero-length UDP datagrams for a socket whose filter drops
+everything, or TCP SYNs for a listener that never accepts and answers each with a SYN cookie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from fastrecv.bench.lab import FAR_IP4, FAR_IP6, HOST_IP4, HOST_IP6, Lab
+from fastrecv.bpf import Object, packaged
+from fastrecv.sockets import drop_everything
+
+__all__ = ["FLOODS", "MAX_SOURCES", "XDP_DROP", "XDP_PASS", "XDP_TX", "Counter", "Flood", "Source", "open_sink"]
+
+PORT = 9  # discard; the letter's port is not named
+FIRST_SOURCE_PORT = 1024
+MAX_SOURCES = 65536 - FIRST_SOURCE_PORT
+
+XDP_DROP, XDP_PASS, XDP_TX = 1, 2, 3  # enum xdp_action, include/uapi/linux/bpf.h
+
+_ETHERTYPES = {socket.AF_INET: 0x0800, socket.AF_INET6: 0x86DD}
+_HOST = {socket.AF_INET: HOST_IP4, socket.AF_INET6: HOST_IP6}
+_FAR = {socket.AF_INET: FAR_IP4, socket.AF_INET6: FAR_IP6}
+
+
+@dataclass(frozen=True)
+class Flood:
+    """One flood. `counter` is (file below /proc/net, row, name) of what counts every packet that got to the end."""
+
+    name: str
+    title: str
+    family: socket.AddressFamily
+    protocol: int
+    counter: tuple[str, str, str]
+    symbol: str  # the lookup function whose CPU share the letter gives
+
+    @property
+    def destination(self) -> str:
+        return _HOST[self.family]
+
+    @property
+    def source(self) -> str:
+        return _FAR[self.family]
+
+    def transport(self) -> tuple[bytes, int]:
+        """The transport header with source port and checksum 0, and the offset of its checksum."""
+        if self.protocol == socket.IPPROTO_UDP:
+            return struct.pack("!HHHH", 0, PORT, 8, 0), 6  # RFC 768
+        flags, window = 5 << 12 | 0x002, 64240  # header of 5 words, SYN
+        return struct.pack("!HHIIHHHH", 0, PORT, 1, 0, flags, window, 0, 0), 16  # RFC 9293
+
+    def frame(self, lab: Lab) -> tuple[bytes, int, int, int]:
+        """An Ethernet frame for the host; the offsets of its source port and checksum; what the checksum covers.
+
+        The last is the one's complement sum of the pseudo header and the transport header (RFC 1071), in this
+        machine's byte order, with source port and checksum taken as 0.
+        """
+        header, checksum = self.transport()
+        source, destination = ip_address(self.source).packed, ip_address(self.destination).packed
+        if self.family == socket.AF_INET:
+            without = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(header), 0, 0, 64, self.protocol, 0,
+                                  source, destination)  # fmt: skip
+            complement = ~_sum(without) & 0xFFFF
+            network = without[:10] + struct.pack("=H", complement) + without[12:]
+        else:
+            network = struct.pack("!IHBB16s16s", 6 << 28, len(header), self.protocol, 64, source, destination)
+        pseudo = source + destination + struct.pack("!II", len(header), self.protocol)
+        ethernet = lab.host_mac + lab.far_mac + struct.pack("!H", _ETHERTYPES[self.family])
+        start = len(ethernet) + len(network)
+        return ethernet + network + header, start, start + checksum, _sum(pseudo + header)
+
+
+_LOOKUP = {"udp4": "__udp4_lib_lookup", "udp6": "__udp6_lib_lookup",
+           "syn4": "__inet_lookup_listener", "syn6": "inet6_lookup_listener"}  # fmt: skip
+_COOKIES = ("netstat", "TcpExt", "SyncookiesSent")
+
+FLOODS = {
+    flood.name: flood
+    for flood in (
+        Flood("udp4", "UDP, IPv4, zero length", socket.AF_INET, socket.IPPROTO_UDP,
+              ("snmp", "Udp", "InErrors"), _LOOKUP["udp4"]),
+        Flood("udp6", "UDP, IPv6, zero length", socket.AF_INET6, socket.IPPROTO_UDP,
+              ("snmp6", "", "Udp6InErrors"), _LOOKUP["udp6"]),
+        Flood("syn4", "TCP SYN, IPv4", socket.AF_INET, socket.IPPROTO_TCP, _COOKIES, _LOOKUP["syn4"]),
+        Flood("syn6", "TCP SYN, IPv6", socket.AF_INET6, socket.IPPROTO_TCP, _COOKIES, _LOOKUP["syn6"]),
+    )
+}  # fmt: skip
+
+
+def _sum(data: bytes) -> int:
+    """The one's complement sum of 16-bit words in this machine's order, folded (RFC 1071: any order will do)."""
+    total = int(np.frombuffer(data, np.uint16).sum(dtype=np.uint64))
+    while total > 0xFFFF:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
+
+
+@contextlib.contextmanager
+def open_sink(flood: Flood, lab: Lab) -> Iterator[socket.socket]:
+    """The socket under flood: it drops every datagram, or it listens and never accepts."""
+    kind = socket.SOCK_DGRAM if flood.protocol == socket.IPPROTO_UDP else socket.SOCK_STREAM
+    with lab.host:
+        sink = socket.socket(flood.family, kind)
+    with sink:
+        sink.bind((flood.destination, PORT))
+        if kind == socket.SOCK_DGRAM:
+            drop_everything(sink)
+        else:
+            sink.listen(1)
+        yield sink
+
+
+class Source:
+    """The traffic source of one flood: the program flood.bpf.c with the flood's frame. A context manager."""
+
+    def __init__(self, flood: Flood, lab: Lab, sources: int) -> None:
+        self._frame, port_offset, checksum_offset, partial_sum = flood.frame(lab)
+        self._object: Object = packaged("flood")
+        self._object.set(
+            sources=sources,
+            first_port=FIRST_SOURCE_PORT,
+            port_offset=port_offset,
+            checksum_offset=checksum_offset,
+            partial_sum=partial_sum,
+        )
+        self._program = self._object.load().programs["flood"]
+        self._lab = lab
+
+    @property
+    def frames(self) -> int:
+        """Frames that the program itself has counted."""
+        return int(self._object.get("frames"))
+
+    def send(self, verdict: int, packets: int) -> int:
+        """Send `packets` frames; the calling thread must be in the namespace where they are to start.
+
+        XDP_PASS, XDP_DROP: in the host's namespace, as if arriving on host0. XDP_TX: in the far one, out of far0.
+        Returns the mean ns a frame took, by the kernel's clock.
+        """
+        self._object.set(verdict=verdict)
+        ifindex = self._lab.far_index if verdict == XDP_TX else self._lab.host_index
+        return self._program.run_live(self._frame, ifindex, packets)
+
+    def close(self) -> None:
+        self._object.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Counter:
+    """One counter of the host's stack, read over /proc/net: the file stays open, and with it the namespace."""
+
+    def __init__(self, lab: Lab, counter: tuple[str, str, str]) -> None:
+        name, row, column = counter
+        with lab.host:
+            self._fd = os.open(f"/proc/thread-self/net/{name}", os.O_RDONLY)
+        self._row, self._column = row.encode(), column.encode()
+
+    def read(self) -> int:
+        lines = os.pread(self._fd, 1 << 16, 0).splitlines()
+        if not self._row:  # "name value"
+            return next(int(value) for name, value in map(bytes.split, lines) if name == self._column)
+        names, values = (line.split() for line in lines if line.startswith(self._row + b":"))
+        return int(values[names.index(self._column)])
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

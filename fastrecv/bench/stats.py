@@ -1,0 +1,83 @@
+"""From windows to a statement: the median of per-block ratios, its bootstrap interval, and a verdict.
+
+Drift hits all configurations of a block alike, so a ratio within a block is free of it; the median does not care how far
+an interrupted window lies out. The A/A row says how much two equal things differ here: what is smaller is not resolved.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.stats
+from numpy.typing import ArrayLike, NDArray
+
+from fastrecv.bench.results import Configuration, Flood, Gate, Interval, Verdict
+
+__all__ = ["MIN_BLOCKS", "difference", "estimate", "judge", "summarise"]
+
+MIN_BLOCKS = 30  # fewer make a 95 % percentile interval of a median a guess
+_RESAMPLES = 9999
+_BATCH = 100  # resamples at a time: bounds the memory of a run of thousands of blocks
+
+
+def _changes(baseline: ArrayLike, other: ArrayLike) -> NDArray[np.float64]:
+    """Per block, by how many percent the rx pps of `other` differ from those of `baseline` (both in ns a packet)."""
+    return 100 * (np.asarray(baseline, float) / np.asarray(other, float) - 1)
+
+
+def estimate(baseline: ArrayLike, other: ArrayLike, level: float = 0.95, resamples: int = _RESAMPLES) -> Interval:
+    """The median over blocks of the change in rx pps, with a percentile bootstrap interval over blocks.
+
+    baseline, other : (n,) ns a packet, one a block, n >= 2. The resampling is seeded: the same windows give the same
+    interval.
+    """
+    changes = _changes(baseline, other)
+    middle = float(np.median(changes))
+    if np.ptp(changes) == 0:  # scipy has no interval for a constant
+        return Interval(estimate=middle, low=middle, high=middle, level=level)
+    interval = scipy.stats.bootstrap(
+        (changes,), np.median, confidence_level=level, n_resamples=resamples, batch=_BATCH, method="percentile", rng=0
+    ).confidence_interval
+    return Interval(estimate=middle, low=float(interval.low), high=float(interval.high), level=level)
+
+
+def difference(first: Interval, second: Interval) -> Interval:
+    """`second` - `first` of two independent runs, in percentage points; half-widths add in quadrature."""
+    middle = second.estimate - first.estimate
+    half = (first.half_width**2 + second.half_width**2) ** 0.5
+    return Interval(estimate=middle, low=middle - half, high=middle + half, level=first.level)
+
+
+def judge(delta: Interval, noise: Interval) -> Verdict:
+    """Resolved only where the interval excludes 0 and the difference is larger than the A/A half-width."""
+    if not delta.excludes(0) or abs(delta.estimate) <= noise.half_width:
+        return "not resolved"
+    return "slower" if delta.estimate < 0 else "faster"
+
+
+def summarise(flood: Flood) -> None:
+    """Fill in what is derived from the windows of a flood, and its A/A gate."""
+    baseline = flood.row("baseline")
+    for row in flood.configurations:
+        pps = 1e9 / np.asarray(row.ns)
+        row.pps_mean = float(pps.mean())
+        row.pps_sstdev = float(100 * pps.std(ddof=1) / pps.mean())
+        low, high = np.percentile(pps, [25, 75])
+        reach = 1.5 * (high - low)  # Tukey's fences
+        row.outliers = int(((pps < low - reach) | (pps > high + reach)).sum())
+        if row.name == "harness":
+            row.verdict = "source alone"
+        elif row is not baseline:
+            row.delta = estimate(baseline.ns, row.ns)
+    for row in flood.configurations:
+        if row.name == "again":
+            row.verdict = "noise floor"
+        elif row.delta is not None:
+            row.verdict = judge(row.delta, flood.noise)
+    wide = estimate(baseline.ns, flood.row("again").ns, level=0.999)
+    flood.gates.append(
+        Gate(
+            name="A/A",
+            passed=not wide.excludes(0),
+            detail=f"baseline against itself: {wide.estimate:+.2f} % [{wide.low:+.2f}, {wide.high:+.2f}] at 99.9 %",
+        )
+    )

@@ -1,0 +1,35 @@
+"""The exceptions of fastrecv: every one is an OSError and carries what to do next."""
+
+from __future__ import annotations
+
+__all__ = ["BpfError", "NotSupported"]
+
+
+class BpfError(OSError):
+    """A call into libbpf or bpf(2) failed.
+
+    Attributes: errno; strerror, which says what was tried, why it failed and what to do; log, all that libbpf and
+    the kernel's verifier printed during the call ("" when they were silent).
+    """
+
+    def __init__(self, errno: int, message: str, log: str = "") -> None:
+        super().__init__(errno, message)
+        self.log = log
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class NotSupported(OSError):
+    """The kernel or the privileges at hand cannot do this.
+
+    Attributes: feature, a name in fastrecv.features.FEATURES; requires (e.g. "Linux 5.9", "CAP_NET_ADMIN"); errno.
+    """
+
+    def __init__(self, feature: str, requires: str, errno: int, reason: str) -> None:
+        super().__init__(errno, f"{feature} is not available: {reason} (needs {requires})")
+        self.feature = feature
+        self.requires = requires
+
+    def __str__(self) -> str:
+        return str(self.strerror)

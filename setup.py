@@ -1,0 +1,71 @@
+"""Builds the parts that are not Python: BPF objects (clang -target bpf) and the Cython extensions.
+
+Everything else about the package stands in pyproject.toml. The compiled BPF objects travel in sdist and wheel, so that
+clang and llvm are needed only to build from a git checkout.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
+
+HERE = Path(__file__).resolve().parent
+OBJECTS = HERE / "fastrecv" / "objects"
+
+
+def compile_bpf() -> None:
+    """Compile bpf/*.bpf.c whose object is missing or older; without clang the objects of an sdist serve."""
+    for source in sorted((HERE / "bpf").glob("*.bpf.c")):
+        target = OBJECTS / source.name.replace(".c", ".o")
+        newest = max(path.stat().st_mtime for path in [source, *source.parent.glob("*.h")])
+        if target.exists() and (target.stat().st_mtime >= newest or not shutil.which("clang")):
+            continue
+        if not shutil.which("clang") or not shutil.which("llvm-strip"):
+            raise SystemExit("building fastrecv from a git checkout needs clang and llvm: apt install clang llvm")
+        OBJECTS.mkdir(exist_ok=True)
+        multiarch = sysconfig.get_config_var("MULTIARCH") or ""
+        subprocess.run(
+            ["clang", "-target", "bpf", "-mcpu=v3", "-O2", "-g", "-Wall", "-Wextra", "-Werror"]
+            + ["-Wno-unused-parameter", f"-I/usr/include/{multiarch}", "-c", str(source), "-o", str(target)],
+            check=True,
+        )
+        # BTF stays, DWARF with this machine's paths goes.
+        subprocess.run(["llvm-strip", "-g", str(target)], check=True)
+
+
+class BuildExt(build_ext):
+    def run(self) -> None:
+        compile_bpf()
+        super().run()
+
+
+class Sdist(sdist):
+    def run(self) -> None:
+        compile_bpf()
+        super().run()
+
+
+def extensions() -> list[Extension]:
+    common = {
+        "include_dirs": [numpy.get_include()],
+        "define_macros": [("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+        "extra_compile_args": ["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+    }
+    return [Extension("fastrecv._bpf", ["fastrecv/_bpf.pyx"], libraries=["bpf"], **common)]
+
+
+setup(
+    cmdclass={"build_ext": BuildExt, "sdist": Sdist},
+    ext_modules=cythonize(
+        extensions(),
+        compiler_directives={"language_level": 3, "boundscheck": False, "wraparound": False, "binding": True},
+    ),
+)
