@@ -111,8 +111,10 @@ cdef class _Descriptor:
 
     cdef readonly int fd
 
-    def __cinit__(self, int fd, *arguments):
-        self.fd = fd
+    def __cinit__(self, *arguments):
+        self.fd = -1  # first of all: a constructor that fails must not leave 0 to be closed
+        if arguments:
+            self.fd = arguments[0]
 
     cdef int alive(self) except -1:
         if self.fd < 0:
@@ -194,7 +196,8 @@ cdef class Statistics(_Descriptor):
     BPF_ENABLE_STATS, Linux 5.8.
     """
 
-    def __cinit__(self, int fd=-1):
+    def __init__(self):
+        cdef int fd
         with nogil:
             fd = bpf_enable_stats(BPF_STATS_RUN_TIME)
         self.fd = _check(fd, "enabling BPF statistics")
@@ -600,8 +603,8 @@ cdef class Map(_Descriptor):
         """
         cdef int fd = self.alive(), result = 0
         cdef uint32_t room = min(max(self.capacity, 1), 4096), count = 0
-        cdef size_t key_size = self.key_dtype.itemsize
-        cdef bytearray first = bytearray(max(key_size, 8)), second = bytearray(max(key_size, 8))
+        # A position is a key or a kernel's own u32, whichever the map type has.
+        cdef bytearray first = bytearray(self.key_dtype.itemsize + 8), second = bytearray(self.key_dtype.itemsize + 8)
         cdef char *position = first
         cdef char *following = second
         cdef uint8_t[::1] key

@@ -14,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import os
+import socket
+import struct
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -26,72 +26,29 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.rtnl.ifaddrmsg import IFA_F_NODAD
 
 from fastrecv.bpf import packaged
+from fastrecv.netns import Namespace
 
-__all__ = ["BenchBusyError", "FAR_IP4", "FAR_IP6", "HOST_IP4", "HOST_IP6", "Lab", "Namespace", "quick_grace_periods"]
+__all__ = ["BenchBusyError", "FAR_IP4", "FAR_IP6", "HOST_IP4", "HOST_IP6", "Lab", "quick_grace_periods"]
 
 HOST_IP4, FAR_IP4 = "192.0.2.1", "192.0.2.2"
 HOST_IP6, FAR_IP6 = "2001:db8::1", "2001:db8::2"
 
-_CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _call(name: str, *arguments: int) -> None:
-    """unshare(2) and setns(2), which Python has only since 3.12."""
-    if getattr(_libc, name)(*arguments) < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"{name}: {os.strerror(code)}")
-
-
-class Namespace:
-    """A nameless network namespace; `with namespace:` moves the calling thread into it. CAP_SYS_ADMIN."""
-
-    def __init__(self) -> None:
-        self._outside = threading.local()
-        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        try:
-            _call("unshare", _CLONE_NEWNET)
-            self.fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-            _call("setns", home, _CLONE_NEWNET)
-        finally:
-            os.close(home)
-
-    @property
-    def inode(self) -> int:
-        return os.fstat(self.fd).st_ino
-
-    def __enter__(self) -> Self:
-        outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        _call("setns", self.fd, _CLONE_NEWNET)
-        self._outside.stack = [*getattr(self._outside, "stack", []), outside]
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        outside = self._outside.stack.pop()
-        _call("setns", outside, _CLONE_NEWNET)
-        os.close(outside)
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
 class Lab:
     """The two namespaces, set up; a context manager.
 
+    wire : the host's end takes frames through NAPI and GRO, as from a network card.
     host, far : Namespace. host_index, far_index : interface indices. host_mac, far_mac : bytes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wire: bool = False) -> None:
         self._undo = contextlib.ExitStack()
         try:
-            self._build()
+            self._build(wire)
         except BaseException:
             self._undo.close()
             raise
 
-    def _build(self) -> None:
+    def _build(self, wire: bool) -> None:
         self.host, self.far = (self._namespace() for _ in range(2))
         with self.far:
             far_net = self._undo.enter_context(IPRoute())
@@ -114,8 +71,26 @@ class Lab:
         far_net.link("set", index=self.far_index, state="up")
         swallow = self._undo.enter_context(packaged("swallow"))
         swallow.load()
+        self._swallow = swallow.programs["swallow"]
+        self._net = net
         with self.far:
-            self._undo.enter_context(swallow.programs["swallow"].attach_xdp(self.far_index))
+            self._undo.enter_context(self._swallow.attach_xdp(self.far_index))
+        if wire:
+            with self.host:
+                _receive_offload("host0")
+
+    @contextlib.contextmanager
+    def swallowing(self) -> Iterator[None]:
+        """While it lasts, host0 drops every frame before the stack sees it: what wire and source cost alone."""
+        with self.host:
+            link = self._swallow.attach_xdp(self.host_index)
+        with link:
+            yield
+
+    def received(self) -> int:
+        """Packets that host0 has received, by its interface counters."""
+        (link,) = self._net.get_links(index=self.host_index)
+        return int(link.get("stats64")["rx_packets"])
 
     def _namespace(self) -> Namespace:
         namespace = Namespace()
@@ -134,6 +109,13 @@ class Lab:
 def _sysctl(name: str, value: int) -> None:
     """Set net.<name> of the calling thread's network namespace; it ends with the namespace."""
     Path("/proc/sys/net", name).write_text(f"{value}\n")
+
+
+def _receive_offload(name: str) -> None:
+    """Turn GRO on: a veth end then receives through NAPI. ethtool(8); SIOCETHTOOL of linux/sockios.h."""
+    set_gro = ctypes.create_string_buffer(struct.pack("II", 0x2C, 1))  # struct ethtool_value, ETHTOOL_SGRO
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        fcntl.ioctl(sock, 0x8946, struct.pack("16sP", name.encode(), ctypes.addressof(set_gro)))
 
 
 def _device(net: IPRoute, name: str) -> tuple[int, bytes]:

@@ -103,16 +103,21 @@ class Gate(_Record, kw_only=True):
 
 
 class Flood(_Record, kw_only=True):
-    """One flood: its blocks and what is made of them. order : per block, the indices of the rows as they ran."""
+    """One flood: its blocks and what is made of them.
+
+    order : per block, the indices of the rows as they ran. setups : blocks run in each set-up of the lab.
+    steal_ticks : per block, ticks of 1/100 s that the hypervisor took from the pinned CPU.
+    """
 
     name: str
     title: str
     counter: str
     window_packets: int  # 0 in wire mode, where a window is a second
     warmup_packets: int
-    seconds: float
+    seconds: float = 0.0
     order: list[list[int]] = []
-    steal_ticks: list[int] = []  # of the pinned CPU, per block
+    setups: list[int] = []
+    steal_ticks: list[int] = []
     configurations: list[Configuration] = []
     gates: list[Gate] = []
 

@@ -60,7 +60,7 @@ def summarise(flood: Flood) -> None:
     for row in flood.configurations:
         pps = 1e9 / np.asarray(row.ns)
         row.pps_mean = float(pps.mean())
-        row.pps_sstdev = float(100 * pps.std(ddof=1) / pps.mean())
+        row.pps_sstdev = float(100 * pps.std(ddof=1) / pps.mean()) if len(pps) > 1 else 0.0
         low, high = np.percentile(pps, [25, 75])
         reach = 1.5 * (high - low)  # Tukey's fences
         row.outliers = int(((pps < low - reach) | (pps > high + reach)).sum())

@@ -1,0 +1,64 @@
+# make setup | bench | test | lint | wheel: each does whatever of the set-up is missing first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := clang gcc libbpf-dev libc6-dev libelf-dev linux-perf llvm pkg-config python3-dev python3-venv zlib1g-dev
+SOURCES := $(wildcard fastrecv/*.pyx fastrecv/*.pxd bpf/*.c bpf/*.h)
+
+.DELETE_ON_ERROR:
+.PHONY: bench test lint setup packages wheel microbench
+
+bench: setup
+	$(BIN)/python -m fastrecv.bench --flood udp
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Microseconds per call of what Python does around the kernel (pytest-benchmark).
+microbench: setup
+	$(BIN)/python -m pytest bench --benchmark-columns=min,median,iqr,rounds
+
+# A wheel that carries libbpf and libelf, as released.
+wheel: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist/plain
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist dist/plain/*.whl
+	mv dist/plain/*.tar.gz dist
+
+setup: packages $(VENV)/built
+
+# Debian's names; where there is no dpkg the tools themselves are looked for.
+packages:
+	@missing=""; \
+	if command -v dpkg-query >/dev/null; then \
+		for package in $(PACKAGES); do \
+			dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
+		done; \
+	elif ! { command -v clang && command -v llvm-strip && pkg-config --exists libbpf; } >/dev/null; then \
+		missing=" $(PACKAGES)"; \
+	fi; \
+	[ -z "$$missing" ] && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing:$$missing"; \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing; \
+	else \
+		echo "fastrecv needs these packages (Debian's names); make can install them only as root with apt:$$missing" >&2; \
+		exit 1; \
+	fi
+
+$(VENV)/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install -q --group dev
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[all]'
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@

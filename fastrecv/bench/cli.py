@@ -1,0 +1,255 @@
+"""The command line: `python -m fastrecv.bench`.
+
+Exit codes: 0 measured; 1 a gate failed; 2 usage; 77 a privilege or a kernel feature is missing; 130, 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NoReturn
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fastrecv.bench import compare as comparing
+from fastrecv.bench import report as reporting
+from fastrecv.bench import results, runner, stats, tables
+from fastrecv.bench.floods import FLOODS, MAX_SOURCES
+from fastrecv.bench.lab import BenchBusyError
+from fastrecv.bench.prefixes import MAX_ENTRIES
+from fastrecv.bench.programs import PROGRAMS
+from fastrecv.bench.results import Result
+from fastrecv.bench.stage import ForeignProgramError, Plan, SelectionError, Stage
+from fastrecv.errors import NotSupported
+
+__all__ = ["main"]
+
+EXIT_GATE, EXIT_USAGE, EXIT_MISSING = 1, 2, 77
+
+_GROUPS = {"udp": ["udp4", "udp6"], "syn": ["syn4", "syn6"], "all": list(FLOODS)} | {name: [name] for name in FLOODS}
+_SECONDS = {False: 18.0, True: 60.0}  # by default: of a flood; in wire mode of a configuration, as in the cover letter
+_SCALE = "1,10,200,1000,10000,100000"
+_SCALE_SECONDS = 40.0
+
+
+def _file(_context: click.Context, _parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a file that cannot be written before the measurement, not after it."""
+    if value is not None and not (value.parent.is_dir() and os.access(value if value.exists() else value.parent, os.W_OK)):
+        raise click.BadParameter(f"{value} cannot be written")
+    return value
+
+
+def _cpu(_context: click.Context, _parameter: click.Parameter, value: int | None) -> int:
+    allowed = os.sched_getaffinity(0)
+    if value is None:
+        return max(allowed)
+    if value not in allowed:
+        raise click.BadParameter(f"CPU {value} is not one of {sorted(allowed)}")
+    return value
+
+
+def _programs(_context: click.Context, _parameter: click.Parameter, value: str) -> list[str]:
+    names = [name.strip() for name in value.split(",")]
+    for name in names:
+        if name not in PROGRAMS:
+            raise click.BadParameter(f"no program {name!r}: choose from {', '.join(PROGRAMS)}")
+    if len(set(names)) < len(names):
+        raise click.BadParameter("a program is named twice")
+    return names
+
+
+def _sizes(_context: click.Context, _parameter: click.Parameter, value: str) -> list[int]:
+    try:
+        sizes = sorted({int(size) for size in value.split(",")})
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of numbers like {_SCALE}") from None
+    if sizes[0] < 1 or sizes[-1] > MAX_ENTRIES or len(sizes) < 2:
+        raise click.BadParameter(f"give two or more sizes from 1 to {MAX_ENTRIES:,}")
+    return sizes
+
+
+def _measuring(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that all measuring commands share."""
+    writable = click.Path(dir_okay=False, path_type=Path)
+    for option in reversed(
+        [
+            click.option("--sources", type=click.IntRange(1, MAX_SOURCES), default=10_000, show_default=True,
+                         help="Source ports of the flood."),
+            click.option("--seed", type=click.IntRange(0), default=1, show_default=True,
+                         help="Of the order within blocks and of the rule sets."),
+            click.option("--cpu", type=int, callback=_cpu, help="The CPU that takes the flood.  [default: the last]"),
+            click.option("--json", "json_file", type=writable, callback=_file, help="Keep the result, raw windows included."),
+            click.option("--report", type=writable, callback=_file, help="Write one self-contained HTML page."),
+            click.option("--plot", type=writable, callback=_file, help="Write the main plot as SVG."),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--flood", type=click.Choice(list(_GROUPS)), default="udp", show_default=True)
+@click.option("--mode", type=click.Choice(["inject", "wire"]), default="inject", show_default=True,
+              help="inject: frames straight into the stack. wire: across a veth into NAPI, rates by interface counters.")
+@click.option("--program", "programs", callback=_programs, default="letter", show_default=True, metavar="NAME,...",
+              help=f"Attached programs, measured in the same blocks: {', '.join(PROGRAMS)}.")
+@click.option("--entries", type=click.IntRange(1, MAX_ENTRIES), default=200, show_default=True,
+              help="Size of a program's rule set.")
+@click.option("--seconds", type=click.FloatRange(1, 86400),
+              help="For a flood; in wire mode for each of its configurations.  [default: 18; wire: 60]")
+@click.option("--no-profile", is_flag=True, help="Leave out CPU shares (perf) and ns per program run.")
+@_measuring
+@click.pass_context
+def bench(context: click.Context, flood: str, mode: str, programs: list[str], entries: int, seconds: float | None,
+          no_profile: bool, **common: Any) -> None:  # fmt: skip
+    """Measure what a BPF sk_lookup program costs under a SYN or UDP flood on this kernel.
+
+    All traffic stays in two private network namespaces that the bench makes itself and that end with it.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    wire = mode == "wire"
+    chosen = [(name, entries if PROGRAMS[name].has_entries else 0) for name in programs]
+    context.exit(_measure("flood", _GROUPS[flood], chosen, seconds or _SECONDS[wire], not no_profile and not wire, wire,
+                          **common))  # fmt: skip
+
+
+@bench.command()
+@click.option("--flood", type=click.Choice(list(_GROUPS)), default="udp4", show_default=True)
+@click.option("--program", type=click.Choice([name for name, method in PROGRAMS.items() if method.has_entries]),
+              default="letter", show_default=True)
+@click.option("--entries", callback=_sizes, default=_SCALE, show_default=True, help="The sizes, separated by commas.")
+@click.option("--seconds", type=click.FloatRange(1, 86400), default=_SCALE_SECONDS, show_default=True, help="For each flood.")
+@_measuring
+@click.pass_context
+def scale(context: click.Context, flood: str, program: str, entries: list[int], seconds: float, **common: Any) -> None:
+    """Measure a program against the size of its rule set, all sizes in the same blocks."""
+    chosen = [(program, size) for size in entries]
+    context.exit(_measure("scale", _GROUPS[flood], chosen, seconds, False, False, **common))
+
+
+@bench.command()
+@click.argument("first", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("second", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compare(first: Path, second: Path, as_json: bool) -> None:
+    """Compare two kept results, A.json and B.json: the Δ of each configuration, not absolute rates."""
+    rows, notes = comparing.compare(results.load(first), results.load(second))
+    click.echo(comparing.as_json(rows, notes) if as_json else comparing.render(rows, notes))
+
+
+@bench.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), callback=_file, help="Write the HTML page.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), callback=_file, help="Write the main plot as SVG.")
+def show(file: Path, report: Path | None, plot: Path | None) -> None:
+    """Print the tables of a kept result again."""
+    result = results.load(file)
+    click.echo(tables.render(result))
+    _write(result, report, plot)
+
+
+def _write(result: Result, report: Path | None, plot: Path | None) -> None:
+    if report:
+        report.write_text(reporting.render(result))
+    if plot:
+        plot.write_text(reporting.figure(result))
+
+
+def _measure(kind: Literal["flood", "scale"], names: Sequence[str], programs: list[tuple[str, int]], seconds: float,
+             profiled: bool, wire: bool, *, sources: int, seed: int, cpu: int, json_file: Path | None, report: Path | None,
+             plot: Path | None) -> int:  # fmt: skip
+    plan = Plan(programs, seed, sources, cpu, wire)
+    rows = len(programs) + 4
+    with _Progress(seconds * rows if wire else seconds) as progress:
+        result = runner.run(kind, names, plan, seconds, profiled, progress)
+    click.echo(tables.render(result))
+    if json_file:
+        results.save(result, json_file)
+    _write(result, report, plot)
+    return EXIT_GATE if result.failed_gates else 0
+
+
+class _Progress:
+    """A bar on stderr with the running estimate, redrawn between blocks only: nothing runs beside a window.
+
+    Where stderr is no terminal, a line for each pass.
+    """
+
+    _EVERY = 0.5  # seconds between redraws
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._console = Console(stderr=True)
+        self._bar = Progress(TextColumn("{task.fields[flood]:>12}"), BarColumn(30), TimeElapsedColumn(),
+                             TextColumn("{task.fields[estimate]}"), console=self._console, auto_refresh=False,
+                             transient=True)  # fmt: skip
+        self._drawn = 0.0
+
+    def __enter__(self) -> _Progress:
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def __call__(self, what: str, stage: Stage | None) -> None:
+        if stage is None:
+            if not self._console.is_terminal:
+                click.echo(f"measuring {what}", err=True)
+                return
+            for task in self._bar.task_ids:
+                self._bar.remove_task(task)
+            self._bar.add_task("", flood=what, estimate="", total=None if "profile" in what else self._seconds)
+            self._bar.refresh()
+        elif self._console.is_terminal and time.monotonic() - self._drawn > self._EVERY:
+            self._bar.update(self._bar.task_ids[0], completed=stage.record.seconds, estimate=_running(stage), refresh=True)
+            self._drawn = time.monotonic()
+
+
+def _running(stage: Stage) -> str:
+    """The estimates so far, from few resamples: enough for a glance."""
+    baseline, again, *_ = (row.configuration for row in stage.rows)
+    parts = []
+    for row in [again, *(row.configuration for row in stage.rows if row.program is not None)]:
+        delta = stats.estimate(baseline.ns, row.ns, resamples=200)
+        name = "A/A" if row is again else row.name
+        parts.append(f"{name} {delta.estimate:+.1f} ±{delta.half_width:.1f} %")
+    return f"{len(stage.record.order)} blocks  " + "  ".join(parts)
+
+
+def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)  # unwinds, so that everything is undone
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = bench.main(args=arguments, prog_name="python -m fastrecv.bench", standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        return EXIT_USAGE
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("fastrecv.bench: interrupted; nothing was left behind", err=True)
+        return 128 + signal.SIGINT
+    except (comparing.IncomparableError, results.ResultError) as error:
+        click.echo(f"fastrecv.bench: {error}", err=True)
+        return EXIT_USAGE
+    except (ForeignProgramError, SelectionError, BenchBusyError) as error:
+        click.echo(f"fastrecv.bench: {error}", err=True)
+        return EXIT_GATE
+    except NotSupported as error:
+        click.echo(f"fastrecv.bench: {error}", err=True)
+        return EXIT_MISSING
+    return int(code or 0)
+
+

@@ -1,0 +1,81 @@
+"""The sk_lookup programs that can be measured, each ready to be attached to the lab's host.
+
+An entry opens everything a program needs (maps filled, the sink in its place) and gives the loaded program: attaching is
+all that is left for the measured block to do. Every one must assign the sink to the flood's packets, and is asked before
+it is measured whether it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+import numpy as np
+
+from fastrecv.bench.floods import FIRST_SOURCE_PORT, PORT, Flood
+from fastrecv.bench.prefixes import draw
+from fastrecv.bpf import Program, packaged
+
+__all__ = ["PROGRAMS", "Method", "selects"]
+
+_Open = Callable[[Flood, socket.socket, int, int], AbstractContextManager[Program]]
+
+_SO_COOKIE = 57  # include/uapi/asm-generic/socket.h
+
+
+@dataclass(frozen=True)
+class Method:
+    """One program. title : may hold {entries}. open(flood, sink, entries, seed) : a context manager."""
+
+    name: str
+    title: str
+    has_entries: bool
+    open: _Open
+
+
+@contextlib.contextmanager
+def _letter(flood: Flood, sink: socket.socket, entries: int, seed: int) -> Iterator[Program]:
+    with packaged("letter") as letter:
+        table = letter.maps["prefixes4" if flood.family == socket.AF_INET else "prefixes6"]
+        table.max_entries = entries
+        letter.load()
+        keys = np.zeros(entries, table.key_dtype)
+        keys["length"], keys["address"] = draw(flood.family, flood.destination, entries, seed)
+        table.update(keys, np.zeros(entries, np.uint32))  # every prefix leads to the one socket
+        letter.maps["sockets"].update([0], [sink.fileno()])
+        yield letter.programs["letter"]
+
+
+@contextlib.contextmanager
+def _assign_only(flood: Flood, sink: socket.socket, entries: int, seed: int) -> Iterator[Program]:  # noqa: ARG001 - it has no rules
+    with packaged("assign") as assign:
+        assign.load()
+        assign.maps["sockets"].update([0], [sink.fileno()])
+        yield assign.programs["assign"]
+
+
+PROGRAMS = {
+    method.name: method
+    for method in (
+        Method("letter", "letter: LPM_TRIE of {entries:,}, assign", True, _letter),
+        Method("assign-only", "assign-only: one fixed socket", False, _assign_only),
+    )
+}
+
+
+def selects(program: Program, flood: Flood, sink: socket.socket) -> bool:
+    """Whether the program, asked by BPF_PROG_TEST_RUN about a packet of the flood, assigns the sink."""
+    source, destination = ip_address(flood.source).packed, ip_address(flood.destination).packed
+    in4, in6 = (4, 0) if flood.family == socket.AF_INET else (0, 16)
+    context = struct.pack(  # struct bpf_sk_lookup, include/uapi/linux/bpf.h
+        "=QII4s16s2sH4s16sII4x", 0, flood.family, flood.protocol, source[:in4], source[:in6],
+        struct.pack("!H", FIRST_SOURCE_PORT), 0, destination[:in4], destination[:in6], PORT, 0,
+    )  # fmt: skip
+    after = program.run(context=context).context
+    (cookie,) = struct.unpack_from("=Q", after)
+    return bool(cookie == struct.unpack("=Q", sink.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0])

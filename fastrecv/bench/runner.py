@@ -1,0 +1,92 @@
+"""A whole run: every flood through its passes, into one Result."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Literal
+
+from fastrecv import features
+from fastrecv.bench import environment, prefixes, profile, sampler, stats
+from fastrecv.bench.floods import FLOODS
+from fastrecv.bench.lab import quick_grace_periods
+from fastrecv.bench.results import Flood, Result
+from fastrecv.bench.stage import Plan, Stage, open_stage, refuse_foreign_programs
+
+__all__ = ["NEEDS", "run"]
+
+NEEDS = (
+    "network namespaces",
+    "veth devices",
+    "expedited RCU grace periods",
+    "enumeration of BPF links",
+    "sk_lookup programs",
+    "UDP sockets in a SOCKMAP",
+    "live frames in BPF_PROG_RUN",
+    "BPF run-time statistics",
+)
+
+_SHARE_SECONDS = 1.5  # of sampling a row: some 6,000 samples, a standard error of 0.3 pp at a share of 5 %
+
+
+def run(
+    kind: Literal["flood", "scale"],
+    names: Sequence[str],
+    plan: Plan,
+    seconds: float,
+    profiled: bool,
+    on_progress: Callable[[str, Stage | None], None],
+) -> Result:
+    """Measure the floods `names` and return the result with everything derived.
+
+    on_progress : called with what is going on ("udp4", "udp4 profile") and, after every block, the Stage.
+    NotSupported when the kernel or the privileges lack something, ForeignProgramError when a baseline is not to be had.
+    """
+    for name in NEEDS:
+        features.check(name)
+    refuse_foreign_programs()
+    known = environment.record()
+    result = Result(
+        kind=kind,
+        mode="wire" if plan.wire else "inject",
+        version=version("fastrecv"),
+        started=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        argv=sys.argv[1:],
+        seed=plan.seed,
+        cpu=plan.cpu,
+        sources=plan.sources,
+        prefixes=", ".join(prefixes.describe(entries, plan.seed) for name, entries in plan.programs if entries)
+        if kind == "flood"
+        else prefixes.describe(max(entries for _, entries in plan.programs), plan.seed),
+        environment=known,
+    )
+    event = None
+    if profiled:
+        try:
+            event = profile.choose_event()
+        except profile.ProfileError as error:
+            result.warnings.append(str(error))
+    with quick_grace_periods():
+        for name in names:
+            on_progress(name, None)
+            flood = sampler.measure(FLOODS[name], plan, seconds, lambda stage: on_progress(stage.flood.name, stage))
+            result.floods.append(flood)
+            if flood.gates[-1].passed and profiled:
+                on_progress(f"{name} profile", None)
+                _profile(flood, plan, event, result)
+            stats.summarise(flood)
+    result.warnings[:0] = environment.warn_about_host(known)
+    result.warnings += environment.warn_about_floods(result.floods)
+    return result
+
+
+def _profile(flood: Flood, plan: Plan, event: str | None, result: Result) -> None:
+    with open_stage(flood, plan) as stage:
+        flood.gates.append(profile.runs(stage))
+        if event is not None:
+            try:
+                profile.shares(stage, event, _SHARE_SECONDS)
+            except profile.ProfileError as error:
+                result.warnings.append(f"{flood.name}: {error}")

@@ -1,0 +1,170 @@
+"""The measuring loop: blocks of windows, every configuration once a block in random order, every packet accounted for."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fastrecv.bench import floods
+from fastrecv.bench.floods import XDP_DROP, XDP_PASS, XDP_TX
+from fastrecv.bench.results import Flood, Gate
+from fastrecv.bench.stage import Plan, Row, Stage, configurations, open_stage, pinned, refuse_foreign_programs
+
+__all__ = ["OnBlock", "measure"]
+
+# Packets of a window and of the warm-up before it. A window is some milliseconds: shorter ones still feel the patching of
+# the static key (a SYN flood's first 2 ms after an attach read 8 % slow), longer ones give fewer blocks.
+_WINDOW = {"udp4": (4096, 2048), "udp6": (4096, 2048), "syn4": (2048, 1024), "syn6": (2048, 1024)}
+
+_WIRE_WINDOW = 1.0  # seconds, the cover letter's sampling interval
+_WIRE_WARMUP = 0.1
+_WIRE_BURST = 1 << 14  # frames a call: some 20 ms, so that a window's end is not far from a call's end
+
+_SETUP_SECONDS = 1.0  # what a set-up serves for, in whole blocks
+
+OnBlock = Callable[[Stage], None]
+
+
+def measure(
+    flood: floods.Flood, plan: Plan, seconds: float, on_block: OnBlock
+) -> Flood:
+    """Measure one flood for `seconds` (in wire mode: for each configuration) and leave the gate of exact counts.
+
+    The lab is set up afresh every second or every block: where its memory comes to lie is fixed for the life of a set-up, and has been
+    seen to move one side of a comparison by 9 %. No set-up's luck may decide a run.
+    """
+    window, warmup = (0, 0) if plan.wire else _WINDOW[flood.name]
+    record = Flood(
+        name=flood.name,
+        title=flood.title,
+        counter=" ".join(filter(None, flood.counter)),
+        window_packets=window,
+        warmup_packets=warmup,
+        configurations=configurations(plan.programs, plan.wire),
+    )
+    rng = np.random.default_rng(plan.seed)
+    total = seconds * len(record.configurations) if plan.wire else seconds
+    wrong = ""
+    while record.seconds < total and not wrong:
+        with open_stage(record, plan) as stage:
+            (_wire if plan.wire else _inject)(stage, _blocks(stage, rng, on_block))
+        wrong = _miscount(record)
+    sent = sum(sum(row.sent) for row in record.configurations)
+    record.gates.append(
+        Gate(
+            name="exact counts",
+            passed=not wrong,
+            detail=wrong or f"all of {sent:,} packets found in {record.counter}, window by window",
+        )
+    )
+    return record
+
+
+def _blocks(stage: Stage, rng: np.random.Generator, on_block: OnBlock) -> Iterator[Row]:
+    """Give the rows in the order in which they are to run, block after block, until this set-up has had its time.
+
+    Ends at once when a window's packets do not add up.
+    """
+    record = stage.record
+    began, before = time.monotonic(), record.seconds
+    record.setups.append(0)
+    while record.seconds - before < _SETUP_SECONDS:
+        refuse_foreign_programs()
+        order = rng.permutation(len(stage.rows)).tolist()
+        steal = _steal_ticks(stage.cpu)
+        for index in order:
+            yield stage.rows[index]
+        record.order.append(order)
+        record.setups[-1] += 1
+        record.steal_ticks.append(_steal_ticks(stage.cpu) - steal)
+        record.seconds = before + time.monotonic() - began
+        if _miscount(record):
+            break
+        on_block(stage)
+
+
+def _miscount(record: Flood) -> str:
+    """What does not add up in the last window of a row; "" where all does."""
+    for row in record.configurations:
+        due = 0 if row.name == "harness" else row.sent[-1]
+        if row.counted[-1] != due:
+            return (
+                f"block {len(record.order)}, {row.name}: {row.sent[-1]:,} packets sent, {row.counted[-1]:,} in "
+                f"{record.counter} where {due:,} were due"
+            )
+    return ""
+
+
+def _inject(stage: Stage, blocks: Iterator[Row]) -> None:
+    """Frames straight into the host's stack, everything on one CPU; a window's time is the kernel's own mean.
+
+    The wall clock of a call would be mostly its set-up. The count of a window includes its warm-up.
+    """
+    source, counter, record = stage.source, stage.counter, stage.record
+    with pinned(stage.cpu), stage.lab.host:
+        counted, frames = counter.read(), source.frames
+        for row in blocks:
+            verdict = XDP_DROP if row.harness else XDP_PASS
+            with row.attach():
+                source.send(verdict, record.warmup_packets)
+                row.configuration.ns.append(source.send(verdict, record.window_packets))
+            now, sent = counter.read(), source.frames
+            row.configuration.counted.append(now - counted)
+            row.configuration.sent.append(sent - frames)
+            counted, frames = now, sent
+
+
+def _wire(stage: Stage, blocks: Iterator[Row]) -> None:
+    """Frames across the veth into NAPI, the rate read from the host's interface counters once a second.
+
+    Frames lost on the way fail the gate like any other miscount.
+    """
+    source, counter, lab = stage.source, stage.counter, stage.lab
+    for row in blocks:
+        counted, frames = counter.read(), source.frames
+        with row.attach(), _flowing(stage):
+            time.sleep(_WIRE_WARMUP)
+            began, before = time.monotonic(), lab.received()
+            time.sleep(_WIRE_WINDOW)
+            passed, packets = time.monotonic() - began, lab.received() - before
+        row.configuration.ns.append(1e9 * passed / max(packets, 1))
+        row.configuration.counted.append(counter.read() - counted)
+        row.configuration.sent.append(source.frames - frames)
+
+
+@contextlib.contextmanager
+def _flowing(stage: Stage) -> Iterator[None]:
+    """The source sends from its own thread on the pinned CPU; on leaving, all it sent has been received."""
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def send() -> None:
+        try:
+            with pinned(stage.cpu), stage.lab.far:
+                while not stop.is_set():
+                    stage.source.send(XDP_TX, _WIRE_BURST)
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+            failures.append(error)
+
+    thread = threading.Thread(target=send, name="fastrecv-source")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _steal_ticks(cpu: int) -> int:
+    """Ticks (1/100 s) that the hypervisor took from this CPU since boot; proc(5)."""
+    for line in Path("/proc/stat").read_text().splitlines():
+        if line.startswith(f"cpu{cpu} "):
+            return int(line.split()[8])
+    return 0

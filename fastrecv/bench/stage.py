@@ -1,0 +1,146 @@
+"""One flood set up in the lab: sink, source, counter, and a row for each configuration, ready to be measured."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+from fastrecv.bench import floods
+from fastrecv.bench.floods import FLOODS, Counter, Source, open_sink
+from fastrecv.bench.lab import Lab
+from fastrecv.bench.programs import PROGRAMS, selects
+from fastrecv.bench.results import Configuration, Flood
+from fastrecv.bpf import Program, packaged, program_info, sk_lookup_links
+from fastrecv.netns import Namespace
+
+__all__ = [
+    "ForeignProgramError",
+    "Plan",
+    "Row",
+    "SelectionError",
+    "Stage",
+    "configurations",
+    "open_stage",
+    "pinned",
+    "refuse_foreign_programs",
+]
+
+
+@dataclass
+class Row:
+    """A configuration as it runs: `attach` holds for one window; `program` is set where sk_lookup runs one here."""
+
+    configuration: Configuration
+    attach: Callable[[], AbstractContextManager[object]] = nullcontext
+    program: Program | None = None
+    harness: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to measure. programs : (name in PROGRAMS, entries of its rule set)."""
+
+    programs: list[tuple[str, int]]
+    seed: int
+    sources: int
+    cpu: int
+    wire: bool
+
+
+@dataclass
+class Stage:
+    """Everything of one flood that the measuring passes share."""
+
+    flood: floods.Flood
+    record: Flood
+    lab: Lab
+    sink: socket.socket
+    source: Source
+    counter: Counter
+    cpu: int
+    rows: list[Row]
+
+
+class SelectionError(RuntimeError):
+    """A program that is to be measured leaves the flood's packets to the ordinary lookup."""
+
+
+class ForeignProgramError(RuntimeError):
+    """An sk_lookup program of somebody else is attached on this host, so there is no baseline to be had."""
+
+
+def refuse_foreign_programs() -> None:
+    """Call while no program of ours is attached: the static key of the hook is one for the whole host."""
+    for link in sk_lookup_links().values():
+        program = program_info(link.program_id)
+        name = program.name if program else "?"
+        raise ForeignProgramError(
+            f"a foreign sk_lookup program is attached: link {link.id}, program {link.program_id} ({name}), network "
+            f"namespace {link.netns_inode or 'gone'}. It turns the hook on for the whole host, so every baseline would be "
+            "false: detach it, then run again"
+        )
+
+
+@contextlib.contextmanager
+def pinned(*cpus: int) -> Iterator[None]:
+    """Keep the calling thread on these CPUs."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def _attached(program: Program, namespace: Namespace) -> Iterator[None]:
+    with program.attach_netns(namespace.fd) as link:
+        yield
+        link.detach()  # at once; closing alone may leave it to a worker of the kernel
+
+
+def configurations(programs: list[tuple[str, int]], wire: bool) -> list[Configuration]:
+    """The rows of a run, empty. programs : (name in PROGRAMS, entries of its rule set), in the order of the rows."""
+    names = [name for name, _ in programs]
+    attached = [
+        Configuration(
+            name=f"{name}-{entries}" if names.count(name) > 1 else name,
+            title=PROGRAMS[name].title.format(entries=entries),
+            entries=entries if PROGRAMS[name].has_entries else None,
+        )
+        for name, entries in programs
+    ]
+    return [
+        Configuration(name="baseline", title="baseline: no sk_lookup program"),
+        Configuration(name="again", title="baseline again (A/A)"),
+        Configuration(name="no-program", title="no program here, one in another namespace"),
+        *attached,
+        Configuration(name="harness", title="harness: XDP_DROP at host0" if wire else "harness: XDP_DROP at the source"),
+    ]
+
+
+@contextlib.contextmanager
+def open_stage(record: Flood, plan: Plan) -> Iterator[Stage]:
+    """Set the flood of `record` up; its configurations become the rows."""
+    flood = FLOODS[record.name]
+    baseline, again, no_program, *attached, harness = record.configurations
+    with contextlib.ExitStack() as stack:
+        lab = stack.enter_context(Lab(wire=plan.wire))
+        sink = stack.enter_context(open_sink(flood, lab))
+        source = stack.enter_context(Source(flood, lab, plan.sources))
+        counter = stack.enter_context(Counter(lab, flood.counter))
+        elsewhere = stack.enter_context(contextlib.closing(Namespace()))
+        decoy = stack.enter_context(packaged("decoy")).load().programs["decoy"]
+        rows = [Row(baseline), Row(again), Row(no_program, partial(_attached, decoy, elsewhere))]
+        for configuration, (name, entries) in zip(attached, plan.programs, strict=True):
+            program = stack.enter_context(PROGRAMS[name].open(flood, sink, entries, plan.seed))
+            if not selects(program, flood, sink):
+                raise SelectionError(f"{configuration.name} does not assign the sink to the packets of {flood.name}")
+            rows.append(Row(configuration, partial(_attached, program, lab.host), program))
+        rows.append(Row(harness, lab.swallowing if plan.wire else nullcontext, harness=True))
+        yield Stage(flood, record, lab, sink, source, counter, plan.cpu, rows)

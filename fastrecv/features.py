@@ -1,0 +1,146 @@
+"""What this kernel and these privileges allow, and why not.
+
+Every feature is data: its name, the kernel that brought it, the privilege it takes, and a probe that tries it for real.
+`check` answers by running the probe once; a probe that fails on a kernel that is new enough and with the privilege at
+hand is a defect of this package or of the kernel's configuration, and is reported as what it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from errno import EACCES, ENOSYS, EPERM
+from pathlib import Path
+
+from fastrecv.errors import NotSupported
+from fastrecv.netns import Namespace
+
+__all__ = ["FEATURES", "Feature", "check", "kernel_version"]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One thing a kernel may do. kernel : (major, minor) that brought it. privilege : "" where none is needed."""
+
+    name: str
+    kernel: tuple[int, int]
+    privilege: str
+    probe: Callable[[], object]
+
+    @property
+    def requires(self) -> str:
+        needs = f"Linux {self.kernel[0]}.{self.kernel[1]}"
+        return f"{needs} and {self.privilege}" if self.privilege else needs
+
+
+def kernel_version() -> tuple[int, int]:
+    """(major, minor) of the running kernel."""
+    match = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    assert match is not None
+    return int(match[1]), int(match[2])
+
+
+def check(name: str) -> None:
+    """Return when the feature works here; raise NotSupported, with the reason, when it does not."""
+    failure = _failure(name)
+    if failure is not None:
+        feature = FEATURES[name]
+        raise NotSupported(name, feature.requires, *failure)
+
+
+@functools.cache
+def _failure(name: str) -> tuple[int, str] | None:
+    """(errno, reason) of a feature that does not work; None when it does."""
+    feature = FEATURES[name]
+    if kernel_version() < feature.kernel:
+        return ENOSYS, f"this is Linux {os.uname().release}"
+    try:
+        feature.probe()
+    except OSError as error:
+        if error.errno in (EPERM, EACCES):
+            return error.errno, "run as root, or grant the privilege"
+        return error.errno or ENOSYS, str(error)
+    return None
+
+
+def _namespace() -> None:
+    Namespace().close()
+
+
+def _veth() -> None:
+    from pyroute2 import IPRoute  # noqa: PLC0415 - an optional dependency; only the lab needs it
+    from pyroute2.netlink.exceptions import NetlinkError  # noqa: PLC0415
+
+    namespace = Namespace()
+    try:
+        with namespace, IPRoute() as net:
+            net.link("add", ifname="probe0", kind="veth", peer={"ifname": "probe1"})
+    except NetlinkError as error:
+        raise OSError(error.code, f"cannot create a veth pair: {os.strerror(error.code)}") from error
+    finally:
+        namespace.close()
+
+
+def _sk_lookup() -> None:
+    from fastrecv.bpf import packaged  # noqa: PLC0415 - the receive core works without libbpf
+
+    namespace = Namespace()
+    try:
+        with packaged("decoy") as decoy, decoy.load().programs["decoy"].attach_netns(namespace.fd):
+            pass
+    finally:
+        namespace.close()
+
+
+def _sockmap() -> None:
+    from fastrecv.bpf import packaged  # noqa: PLC0415 - the receive core works without libbpf
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, packaged("assign") as assign:
+        sock.bind(("127.0.0.1", 0))
+        assign.load().maps["sockets"].update([0], [sock.fileno()])
+
+
+def _live_frames() -> None:
+    from fastrecv.bpf import packaged  # noqa: PLC0415 - the receive core works without libbpf
+
+    namespace = Namespace()
+    try:
+        with namespace, packaged("swallow") as swallow:
+            swallow.load().programs["swallow"].run_live(bytes(64), socket.if_nametoindex("lo"), 1)
+    finally:
+        namespace.close()
+
+
+def _bpf_enumeration() -> None:
+    from fastrecv.bpf import sk_lookup_links  # noqa: PLC0415 - the receive core works without libbpf
+
+    sk_lookup_links()
+
+
+def _bpf_statistics() -> None:
+    from fastrecv.bpf import Statistics  # noqa: PLC0415 - the receive core works without libbpf
+
+    Statistics().close()
+
+
+def _rcu_expedited() -> None:
+    Path("/sys/kernel/rcu_expedited").open("r+").close()
+
+
+FEATURES = {
+    feature.name: feature
+    for feature in (
+        Feature("network namespaces", (3, 0), "CAP_SYS_ADMIN", _namespace),
+        Feature("veth devices", (2, 6), "CAP_NET_ADMIN and CAP_SYS_ADMIN", _veth),
+        Feature("sk_lookup programs", (5, 9), "CAP_BPF and CAP_NET_ADMIN", _sk_lookup),
+        Feature("UDP sockets in a SOCKMAP", (5, 7), "CAP_BPF and CAP_NET_ADMIN", _sockmap),
+        Feature("live frames in BPF_PROG_RUN", (5, 18), "CAP_BPF and CAP_NET_ADMIN", _live_frames),
+        Feature("enumeration of BPF links", (5, 8), "CAP_SYS_ADMIN", _bpf_enumeration),
+        Feature("BPF run-time statistics", (5, 8), "CAP_SYS_ADMIN", _bpf_statistics),
+        Feature("expedited RCU grace periods", (3, 19), "root", _rcu_expedited),
+    )
+}
