@@ -59,7 +59,10 @@ def extensions() -> list[Extension]:
         "define_macros": [("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
         "extra_compile_args": ["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
     }
-    return [Extension("fastrecv._bpf", ["fastrecv/_bpf.pyx"], libraries=["bpf"], **common)]
+    return [
+        Extension(f"fastrecv._bpf.{path.stem}", [str(path)], libraries=["bpf"], **common)
+        for path in sorted(Path("fastrecv/_bpf").glob("*.pyx"))
+    ]
 
 
 setup(

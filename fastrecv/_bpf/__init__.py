@@ -1,0 +1,39 @@
+"""The one door to libbpf; nothing else in fastrecv calls libbpf or bpf(2).
+
+The GIL is released around every system call. Privileges: CAP_BPF and CAP_NET_ADMIN (or root) to load and attach,
+CAP_SYS_ADMIN to enumerate. Linux 5.9 for sk_lookup, 5.18 for live test runs.
+"""
+
+from fastrecv._bpf.handle import LIBBPF_VERSION
+from fastrecv._bpf.links import (
+    LINK_NETNS,
+    LINK_XDP,
+    SK_LOOKUP,
+    Link,
+    LinkInfo,
+    ProgramInfo,
+    Statistics,
+    link_ids,
+    link_info,
+    program_info,
+)
+from fastrecv._bpf.maps import Map
+from fastrecv._bpf.objects import Object, Program, TestRun
+
+__all__ = [
+    "LIBBPF_VERSION",
+    "LINK_NETNS",
+    "LINK_XDP",
+    "SK_LOOKUP",
+    "Link",
+    "LinkInfo",
+    "Map",
+    "Object",
+    "Program",
+    "ProgramInfo",
+    "Statistics",
+    "TestRun",
+    "link_ids",
+    "link_info",
+    "program_info",
+]

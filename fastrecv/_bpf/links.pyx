@@ -1,0 +1,135 @@
+"""BPF links, the enumeration of what is attached on this host, and BPF run-time statistics."""
+
+import os
+from collections import namedtuple
+
+from fastrecv._bpf.handle cimport Descriptor, check, open_pin
+from fastrecv._bpf.libbpf cimport (
+    BPF_LINK_TYPE_NETNS,
+    BPF_LINK_TYPE_XDP,
+    BPF_SK_LOOKUP,
+    BPF_STATS_RUN_TIME,
+    bpf_enable_stats,
+    bpf_link_detach,
+    bpf_link_get_fd_by_id,
+    bpf_link_get_next_id,
+    bpf_link_info,
+    bpf_link_update,
+    bpf_link_update_opts,
+    bpf_obj_get_info_by_fd,
+    bpf_prog_get_fd_by_id,
+    bpf_prog_info,
+)
+from libc.errno cimport ENOENT
+from libc.stdint cimport uint32_t
+from libc.string cimport memset
+
+LinkInfo = namedtuple("LinkInfo", "id type program_id netns_inode attach_type ifindex")
+ProgramInfo = namedtuple("ProgramInfo", "id name type run_time_ns run_count")
+
+LINK_XDP = BPF_LINK_TYPE_XDP
+LINK_NETNS = BPF_LINK_TYPE_NETNS
+SK_LOOKUP = BPF_SK_LOOKUP
+
+
+cdef class Link(Descriptor):
+    """A BPF link: as long as it is open (or pinned) its program stays attached."""
+
+    @staticmethod
+    def open(path):
+        """The link pinned at `path`."""
+        return Link(open_pin(path))
+
+    @property
+    def info(self):
+        return link_info_of(self.alive())
+
+    def update(self, program):
+        """Put `program` in the place of the attached one, atomically."""
+        cdef bpf_link_update_opts opts
+        cdef int fd = self.alive(), prog_fd = program.fileno(), result
+        memset(&opts, 0, sizeof(opts))
+        opts.sz = sizeof(opts)
+        with nogil:
+            result = bpf_link_update(fd, prog_fd, &opts)
+        check(result, f"updating the link to program {program.name}")
+
+    def detach(self):
+        """Detach the program now, though the link stays open."""
+        cdef int fd = self.alive(), result
+        with nogil:
+            result = bpf_link_detach(fd)
+        check(result, "detaching the link")
+
+
+cdef class Statistics(Descriptor):
+    """While this is open the kernel counts and times every BPF run on the host (it slows each by two clock reads).
+
+    BPF_ENABLE_STATS, Linux 5.8.
+    """
+
+    def __init__(self):
+        cdef int fd
+        with nogil:
+            fd = bpf_enable_stats(BPF_STATS_RUN_TIME)
+        self.fd = check(fd, "enabling BPF statistics")
+
+
+def link_info_of(int fd):
+    """LinkInfo of the link that the descriptor names."""
+    cdef bpf_link_info info
+    cdef uint32_t size = sizeof(info)
+    cdef int result
+    memset(&info, 0, sizeof(info))
+    with nogil:
+        result = bpf_obj_get_info_by_fd(fd, &info, &size)
+    check(result, "reading about a link")
+    of_netns, of_xdp = info.type == BPF_LINK_TYPE_NETNS, info.type == BPF_LINK_TYPE_XDP
+    return LinkInfo(info.id, info.type, info.prog_id, info.netns.netns_ino if of_netns else 0,
+                    info.netns.attach_type if of_netns else 0, info.xdp.ifindex if of_xdp else 0)
+
+
+def program_info_of(int fd):
+    """ProgramInfo of the program that the descriptor names."""
+    cdef bpf_prog_info info
+    cdef uint32_t size = sizeof(info)
+    cdef int result
+    memset(&info, 0, sizeof(info))
+    with nogil:
+        result = bpf_obj_get_info_by_fd(fd, &info, &size)
+    check(result, "reading about a program")
+    return ProgramInfo(info.id, info.name.decode("utf-8", "replace"), info.type, info.run_time_ns, info.run_cnt)
+
+
+def link_ids():
+    """The ids of all BPF links on the host, in all namespaces. CAP_SYS_ADMIN. Linux 5.8."""
+    cdef uint32_t id = 0
+    cdef int result
+    ids = []
+    while True:
+        with nogil:
+            result = bpf_link_get_next_id(id, &id)
+        if result == -ENOENT:
+            return ids
+        check(result, "enumerating BPF links")
+        ids.append(id)
+
+
+def link_info(uint32_t id):
+    """LinkInfo of the link with this id; None when it is gone. CAP_SYS_ADMIN."""
+    return _by_id(bpf_link_get_fd_by_id(id), link_info_of, f"opening link {id}")
+
+
+def program_info(uint32_t id):
+    """ProgramInfo of the program with this id; None when it is gone. CAP_SYS_ADMIN."""
+    return _by_id(bpf_prog_get_fd_by_id(id), program_info_of, f"opening program {id}")
+
+
+cdef _by_id(int fd, read, str tried):
+    if fd == -ENOENT:
+        return None
+    check(fd, tried)
+    try:
+        return read(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,284 @@
+"""BPF maps: n keys and values in one call, as numpy arrays whose dtypes come from the object's BTF."""
+
+import os
+
+import numpy as np
+
+from fastrecv._bpf.handle cimport ENOTSUPP, Descriptor, check, open_pin
+from fastrecv._bpf.layout cimport dtype_of
+from fastrecv._bpf.libbpf cimport (
+    BPF_ANY,
+    BPF_MAP_TYPE_LRU_PERCPU_HASH,
+    BPF_MAP_TYPE_PERCPU_ARRAY,
+    BPF_MAP_TYPE_PERCPU_HASH,
+    bpf_map,
+    bpf_map__btf_key_type_id,
+    bpf_map__btf_value_type_id,
+    bpf_map__fd,
+    bpf_map__key_size,
+    bpf_map__max_entries,
+    bpf_map__set_max_entries,
+    bpf_map__type,
+    bpf_map__value_size,
+    bpf_map_batch_opts,
+    bpf_map_delete_batch,
+    bpf_map_delete_elem,
+    bpf_map_get_next_key,
+    bpf_map_info,
+    bpf_map_lookup_batch,
+    bpf_map_lookup_elem,
+    bpf_map_update_batch,
+    bpf_map_update_elem,
+    bpf_obj_get_info_by_fd,
+    bpf_object__btf,
+    btf,
+    libbpf_num_possible_cpus,
+)
+from fastrecv._bpf.objects cimport Object, map_named
+from libc.errno cimport ENOENT, ENOSPC
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
+
+
+cdef class Map(Descriptor):
+    """A BPF map: of an Object (its descriptor belongs to the object), or `Map.open` of a pin.
+
+    key_dtype, value_dtype : numpy dtypes, from BTF where there is any, else opaque bytes. A per-CPU map takes and gives
+    one value per possible CPU: arrays of shape (n, cpus).
+    """
+
+    cdef Object owner
+    cdef bpf_map *ptr
+    cdef readonly object key_dtype
+    cdef readonly object value_dtype
+    cdef readonly int type
+    cdef readonly tuple value_shape
+    cdef uint32_t capacity
+    cdef str _name
+
+    @staticmethod
+    def open(path, key_dtype=None, value_dtype=None):
+        """The map pinned at `path`, its layouts as given (the sizes are checked)."""
+        cdef bpf_map_info info
+        cdef uint32_t size = sizeof(info)
+        cdef Map map = Map(open_pin(path))
+        memset(&info, 0, sizeof(info))
+        check(bpf_obj_get_info_by_fd(map.fd, &info, &size), f"reading about the map at {os.fsdecode(path)}")
+        map._name = info.name.decode("utf-8", "replace")
+        map.describe(info.type, info.max_entries, key_dtype, info.key_size, value_dtype, info.value_size)
+        return map
+
+    @staticmethod
+    def _of(Object owner not None, str name not None):
+        """The map `name` of an object."""
+        cdef Map map = Map()
+        cdef const btf *types = bpf_object__btf(owner.ptr)
+        map.owner, map.ptr = owner, map_named(owner, name)
+        cdef uint32_t key = bpf_map__btf_key_type_id(map.ptr), value = bpf_map__btf_value_type_id(map.ptr)
+        map.describe(bpf_map__type(map.ptr), bpf_map__max_entries(map.ptr),
+                     dtype_of(types, key) if key else None, bpf_map__key_size(map.ptr),
+                     dtype_of(types, value) if value else None, bpf_map__value_size(map.ptr))
+        map._name = name
+        return map
+
+    cdef describe(self, int type, uint32_t capacity, key_dtype, uint32_t key_size, value_dtype, uint32_t value_size):
+        cdef bint per_cpu = type in (
+            BPF_MAP_TYPE_PERCPU_HASH, BPF_MAP_TYPE_PERCPU_ARRAY, BPF_MAP_TYPE_LRU_PERCPU_HASH)
+        self.type, self.capacity = type, capacity
+        self.key_dtype = _sized(key_dtype, key_size, key_size)
+        self.value_dtype = _sized(value_dtype, value_size, (value_size + 7) // 8 * 8 if per_cpu else value_size)
+        self.value_shape = (libbpf_num_possible_cpus(),) if per_cpu else ()
+
+    cdef int alive(self) except -1:
+        if self.owner is None:
+            return Descriptor.alive(self)
+        self.owner.alive()
+        if not self.owner.loaded:
+            raise ValueError(f"BPF object {self.owner.name} is not loaded")
+        return bpf_map__fd(self.ptr)
+
+    @property
+    def name(self):
+        return self._name
+
+    @property
+    def max_entries(self):
+        return self.capacity
+
+    @max_entries.setter
+    def max_entries(self, uint32_t value):
+        """How many entries the map is made for; only before its object is loaded."""
+        if self.owner is None or self.owner.loaded:
+            raise ValueError(f"map {self.name} exists already: its size is fixed")
+        self.owner.alive()
+        check(bpf_map__set_max_entries(self.ptr, value), f"sizing map {self.name}")
+        self.capacity = value
+
+    cdef _array(self, items, dtype, tuple shape, str what):
+        """`items` as a contiguous array of n rows."""
+        array = np.ascontiguousarray(items, dtype)
+        if array.ndim == 0 or (shape and array.ndim == 1):
+            array = array.reshape((1, *array.shape))
+        if array.shape[1:] != shape:
+            raise ValueError(f"{what} of map {self.name} must have shape (n, *{shape}), not {array.shape}")
+        return array
+
+    def update(self, keys, values, uint64_t flags=BPF_ANY):
+        """Write n entries in one call: one batched system call where the map type has it, else a loop in C.
+
+        keys : (n,) of key_dtype. values : (n,) of value_dtype, (n, cpus) for a per-CPU map.
+        flags : BPF_ANY, BPF_NOEXIST, BPF_EXIST. On an error the entries before the one it names are written.
+        """
+        cdef int fd = self.alive(), result
+        key_rows = self._array(keys, self.key_dtype, (), "keys")
+        value_rows = self._array(values, self.value_dtype, self.value_shape, "values")
+        if len(key_rows) != len(value_rows):
+            raise ValueError(f"{len(key_rows)} keys but {len(value_rows)} values for map {self.name}")
+        if len(key_rows) == 0:
+            return
+        cdef const uint8_t[::1] key = key_rows.view(np.uint8).ravel()
+        cdef const uint8_t[::1] value = value_rows.reshape(-1).view(np.uint8)
+        cdef uint32_t n = <uint32_t>len(key_rows), count = n, done = 0
+        cdef size_t key_size = key.shape[0] // n, value_size = value.shape[0] // n
+        cdef bpf_map_batch_opts opts
+        memset(&opts, 0, sizeof(opts))
+        opts.sz = sizeof(opts)
+        opts.elem_flags = flags
+        with nogil:
+            result = -ENOTSUPP
+            if n > 1:
+                result = bpf_map_update_batch(fd, &key[0], &value[0], &count, &opts)
+                done = count
+            if result == -ENOTSUPP:
+                done = 0
+                while done < n:
+                    result = bpf_map_update_elem(fd, &key[done * key_size], &value[done * value_size], flags)
+                    if result < 0:
+                        break
+                    done += 1
+        check(result, f"updating map {self.name}, entry {done} of {n}")
+
+    def delete(self, keys):
+        """Delete n entries in one call. A key that is not there: KeyError, the ones before it are gone."""
+        cdef int fd = self.alive(), result = 0
+        key_rows = self._array(keys, self.key_dtype, (), "keys")
+        if len(key_rows) == 0:
+            return
+        cdef const uint8_t[::1] key = key_rows.view(np.uint8).ravel()
+        cdef uint32_t n = <uint32_t>len(key_rows), count = n, done = 0
+        cdef size_t key_size = key.shape[0] // n
+        cdef bpf_map_batch_opts opts
+        memset(&opts, 0, sizeof(opts))
+        opts.sz = sizeof(opts)
+        with nogil:
+            result = -ENOTSUPP
+            if n > 1:
+                result = bpf_map_delete_batch(fd, &key[0], &count, &opts)
+                done = count
+            if result == -ENOTSUPP:
+                done = 0
+                while done < n:
+                    result = bpf_map_delete_elem(fd, &key[done * key_size])
+                    if result < 0:
+                        break
+                    done += 1
+        if result == -ENOENT:
+            raise KeyError(key_rows[min(done, n - 1)])
+        check(result, f"deleting from map {self.name}, entry {done} of {n}")
+
+    def lookup(self, keys):
+        """The values of n keys: (n,) of value_dtype, (n, cpus) for a per-CPU map. A missing key: KeyError."""
+        cdef int fd = self.alive(), result = 0
+        key_rows = self._array(keys, self.key_dtype, (), "keys")
+        value_rows = np.zeros((len(key_rows), *self.value_shape), self.value_dtype)
+        if len(key_rows) == 0:
+            return value_rows
+        cdef const uint8_t[::1] key = key_rows.view(np.uint8).ravel()
+        cdef uint8_t[::1] value = value_rows.reshape(-1).view(np.uint8)
+        cdef size_t n = len(key_rows), done = 0
+        cdef size_t key_size = key.shape[0] // n, value_size = value.shape[0] // n
+        with nogil:
+            while done < n:
+                result = bpf_map_lookup_elem(fd, &key[done * key_size], &value[done * value_size])
+                if result < 0:
+                    break
+                done += 1
+        if result == -ENOENT:
+            raise KeyError(key_rows[done])
+        check(result, f"looking up in map {self.name}")
+        return value_rows
+
+    def items(self):
+        """All entries as (keys, values), one row an entry, in the kernel's order.
+
+        Reads in batches where the map type has them. A map that changes meanwhile may give an entry twice or not at all.
+        """
+        cdef int fd = self.alive(), result = 0
+        cdef uint32_t room = min(max(self.capacity, 1), 4096), count = 0
+        # A position is a key or a kernel's own u32, whichever the map type has.
+        cdef bytearray first = bytearray(self.key_dtype.itemsize + 8), second = bytearray(self.key_dtype.itemsize + 8)
+        cdef char *position = first
+        cdef char *following = second
+        cdef uint8_t[::1] key
+        cdef uint8_t[::1] value
+        cdef bint started = False
+        key_parts, value_parts = [], []
+        while True:
+            key_rows = np.zeros(room, self.key_dtype)
+            value_rows = np.zeros((room, *self.value_shape), self.value_dtype)
+            key, value = key_rows.view(np.uint8), value_rows.reshape(-1).view(np.uint8)
+            count = room
+            with nogil:
+                result = bpf_map_lookup_batch(
+                    fd, position if started else NULL, following, &key[0], &value[0], &count, NULL)
+            if result == -ENOTSUPP and not started:
+                return self._items_one_by_one()
+            if result == -ENOSPC and room < self.capacity:  # one hash bucket holds more than `room`
+                room = min(2 * room, self.capacity)
+                continue
+            if result < 0 and result != -ENOENT:
+                check(result, f"reading map {self.name}")
+            key_parts.append(key_rows[:count])
+            value_parts.append(value_rows[:count])
+            if result == -ENOENT:
+                return np.concatenate(key_parts), np.concatenate(value_parts)
+            started = True
+            position, following = following, position
+
+    def _items_one_by_one(self):
+        cdef int fd = self.alive(), result
+        key = np.zeros(1, self.key_dtype)
+        cdef uint8_t[::1] now = key.view(np.uint8)
+        cdef bint started = False
+        keys = []
+        while True:
+            with nogil:
+                result = bpf_map_get_next_key(fd, &now[0] if started else NULL, &now[0])
+            if result == -ENOENT:
+                break
+            check(result, f"reading map {self.name}")
+            started = True
+            keys.append(key.copy())
+        found = np.concatenate(keys) if keys else key[:0]
+        return found, self.lookup(found)
+
+    def __getitem__(self, key):
+        return self.lookup([key] if not isinstance(key, np.ndarray) else key.reshape(1))[0]
+
+    def __len__(self):
+        return len(self.items()[0])
+
+
+cdef _sized(dtype, uint32_t size, uint32_t stride):
+    """`dtype`, checked to be of `size` bytes, padded to `stride`; opaque bytes where there is none."""
+    if size == 0:
+        return np.dtype("V0")
+    dtype = np.dtype(f"V{size}") if dtype is None else np.dtype(dtype)
+    if dtype.itemsize != size:
+        raise ValueError(f"dtype {dtype} has {dtype.itemsize} bytes, the map has {size}")
+    if stride == size:
+        return dtype
+    if dtype.names is None:
+        dtype = np.dtype([("value", dtype)])
+    return np.dtype({"names": list(dtype.names), "formats": [dtype.fields[name][0] for name in dtype.names],
+                     "offsets": [dtype.fields[name][1] for name in dtype.names], "itemsize": stride})
