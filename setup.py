@@ -33,8 +33,11 @@ def compile_bpf() -> None:
         OBJECTS.mkdir(exist_ok=True)
         multiarch = sysconfig.get_config_var("MULTIARCH") or ""
         subprocess.run(
-            ["clang", "-target", "bpf", "-mcpu=v3", "-O2", "-g", "-Wall", "-Wextra", "-Werror"]
-            + ["-Wno-unused-parameter", f"-I/usr/include/{multiarch}", "-c", str(source), "-o", str(target)],
+            [
+                *("clang", "-target", "bpf", "-mcpu=v3", "-O2", "-g", f"-I/usr/include/{multiarch}"),
+                *("-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"),
+                *("-c", str(source), "-o", str(target)),
+            ],
             check=True,
         )
         # BTF stays, DWARF with this machine's paths goes.

@@ -20,7 +20,7 @@ class BpfError(OSError):
         return str(self.strerror)
 
 
-class NotSupported(OSError):
+class NotSupported(OSError):  # noqa: N818 - names a state of the host, not a mistake of the caller
     """The kernel or the privileges at hand cannot do this.
 
     Attributes: feature, a name in fastrecv.features.FEATURES; requires (e.g. "Linux 5.9", "CAP_NET_ADMIN"); errno.

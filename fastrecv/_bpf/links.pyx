@@ -115,14 +115,14 @@ def link_ids():
         ids.append(id)
 
 
-def link_info(uint32_t id):
+def link_info(uint32_t number):
     """LinkInfo of the link with this id; None when it is gone. CAP_SYS_ADMIN."""
-    return _by_id(bpf_link_get_fd_by_id(id), link_info_of, f"opening link {id}")
+    return _by_id(bpf_link_get_fd_by_id(number), link_info_of, f"opening link {number}")
 
 
-def program_info(uint32_t id):
+def program_info(uint32_t number):
     """ProgramInfo of the program with this id; None when it is gone. CAP_SYS_ADMIN."""
-    return _by_id(bpf_prog_get_fd_by_id(id), program_info_of, f"opening program {id}")
+    return _by_id(bpf_prog_get_fd_by_id(number), program_info_of, f"opening program {number}")
 
 
 cdef _by_id(int fd, read, str tried):

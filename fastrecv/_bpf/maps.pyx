@@ -63,9 +63,14 @@ cdef class Map(Descriptor):
         cdef uint32_t size = sizeof(info)
         cdef Map map = Map(open_pin(path))
         memset(&info, 0, sizeof(info))
-        check(bpf_obj_get_info_by_fd(map.fd, &info, &size), f"reading about the map at {os.fsdecode(path)}")
-        map._name = info.name.decode("utf-8", "replace")
-        map.describe(info.type, info.max_entries, key_dtype, info.key_size, value_dtype, info.value_size)
+        try:
+            check(bpf_obj_get_info_by_fd(map.fd, &info, &size), f"reading about the map at {os.fsdecode(path)}")
+            map._name = info.name.decode("utf-8", "replace")
+            map.describe(
+                info.type, info.max_entries, key_dtype, info.key_size, value_dtype, info.value_size)
+        except BaseException:
+            map.close()
+            raise
         return map
 
     @staticmethod

@@ -20,7 +20,7 @@ cdef class Object:
     cdef _Variable variable(self, str name)
 
 cdef class Program(Descriptor):
-    cdef Object owner
+    cdef readonly Object owner
     cdef bpf_program *ptr
 
     cdef attach(self, int target, int kind, unsigned int flags, str where)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
@@ -40,8 +40,10 @@ _SCALE_SECONDS = 40.0
 
 def _file(_context: click.Context, _parameter: click.Parameter, value: Path | None) -> Path | None:
     """Refuse a file that cannot be written before the measurement, not after it."""
-    if value is not None and not (value.parent.is_dir() and os.access(value if value.exists() else value.parent, os.W_OK)):
-        raise click.BadParameter(f"{value} cannot be written")
+    if value is not None:
+        writable = value.parent.is_dir() and os.access(value if value.exists() else value.parent, os.W_OK)
+        if not writable:
+            raise click.BadParameter(f"{value} cannot be written")
     return value
 
 
@@ -84,7 +86,7 @@ def _measuring(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--seed", type=click.IntRange(0), default=1, show_default=True,
                          help="Of the order within blocks and of the rule sets."),
             click.option("--cpu", type=int, callback=_cpu, help="The CPU that takes the flood.  [default: the last]"),
-            click.option("--json", "json_file", type=writable, callback=_file, help="Keep the result, raw windows included."),
+            click.option("--json", "json_file", type=writable, callback=_file, help="Keep the result and all raw windows."),
             click.option("--report", type=writable, callback=_file, help="Write one self-contained HTML page."),
             click.option("--plot", type=writable, callback=_file, help="Write the main plot as SVG."),
         ]
@@ -93,45 +95,89 @@ def _measuring(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.option("--flood", type=click.Choice(list(_GROUPS)), default="udp", show_default=True)
-@click.option("--mode", type=click.Choice(["inject", "wire"]), default="inject", show_default=True,
-              help="inject: frames straight into the stack. wire: across a veth into NAPI, rates by interface counters.")
-@click.option("--program", "programs", callback=_programs, default="letter", show_default=True, metavar="NAME,...",
-              help=f"Attached programs, measured in the same blocks: {', '.join(PROGRAMS)}.")
-@click.option("--entries", type=click.IntRange(1, MAX_ENTRIES), default=200, show_default=True,
-              help="Size of a program's rule set.")
-@click.option("--seconds", type=click.FloatRange(1, 86400),
-              help="For a flood; in wire mode for each of its configurations.  [default: 18; wire: 60]")
+@click.option(
+    "--mode",
+    type=click.Choice(["inject", "wire"]),
+    default="inject",
+    show_default=True,
+    help="inject: frames straight into the stack. wire: across a veth into NAPI, rates by interface counters.",
+)
+@click.option(
+    "--program",
+    "programs",
+    callback=_programs,
+    default="letter",
+    show_default=True,
+    metavar="NAME,...",
+    help=f"Attached programs, measured in the same blocks: {', '.join(PROGRAMS)}.",
+)
+@click.option(
+    "--entries",
+    type=click.IntRange(1, MAX_ENTRIES),
+    default=200,
+    show_default=True,
+    help="Size of a program's rule set.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(1, 86400),
+    help="For a flood; in wire mode for each of its configurations.  [default: 18; wire: 60]",
+)
 @click.option("--no-profile", is_flag=True, help="Leave out CPU shares (perf) and ns per program run.")
 @_measuring
 @click.pass_context
-def bench(context: click.Context, flood: str, mode: str, programs: list[str], entries: int, seconds: float | None,
-          no_profile: bool, **common: Any) -> None:  # fmt: skip
+def bench(context: click.Context, /, **options: Any) -> None:
     """Measure what a BPF sk_lookup program costs under a SYN or UDP flood on this kernel.
 
     All traffic stays in two private network namespaces that the bench makes itself and that end with it.
     """
     if context.invoked_subcommand is not None:
         return
-    wire = mode == "wire"
-    chosen = [(name, entries if PROGRAMS[name].has_entries else 0) for name in programs]
-    context.exit(_measure("flood", _GROUPS[flood], chosen, seconds or _SECONDS[wire], not no_profile and not wire, wire,
-                          **common))  # fmt: skip
+    wire = options["mode"] == "wire"
+    plan = Plan(
+        kind="flood",
+        floods=_GROUPS[options["flood"]],
+        programs=[(name, options["entries"] if PROGRAMS[name].has_entries else 0) for name in options["programs"]],
+        seconds=options["seconds"] or _SECONDS[wire],
+        seed=options["seed"],
+        sources=options["sources"],
+        cpu=options["cpu"],
+        wire=wire,
+        profiled=not options["no_profile"] and not wire,
+    )
+    context.exit(_measure(plan, options))
 
 
 @bench.command()
 @click.option("--flood", type=click.Choice(list(_GROUPS)), default="udp4", show_default=True)
-@click.option("--program", type=click.Choice([name for name, method in PROGRAMS.items() if method.has_entries]),
-              default="letter", show_default=True)
+@click.option(
+    "--program",
+    type=click.Choice([name for name, method in PROGRAMS.items() if method.has_entries]),
+    default="letter",
+    show_default=True,
+)
 @click.option("--entries", callback=_sizes, default=_SCALE, show_default=True, help="The sizes, separated by commas.")
-@click.option("--seconds", type=click.FloatRange(1, 86400), default=_SCALE_SECONDS, show_default=True, help="For each flood.")
+@click.option(
+    "--seconds", type=click.FloatRange(1, 86400), default=_SCALE_SECONDS, show_default=True, help="For each flood."
+)
 @_measuring
 @click.pass_context
-def scale(context: click.Context, flood: str, program: str, entries: list[int], seconds: float, **common: Any) -> None:
+def scale(context: click.Context, /, **options: Any) -> None:
     """Measure a program against the size of its rule set, all sizes in the same blocks."""
-    chosen = [(program, size) for size in entries]
-    context.exit(_measure("scale", _GROUPS[flood], chosen, seconds, False, False, **common))
+    plan = Plan(
+        kind="scale",
+        floods=_GROUPS[options["flood"]],
+        programs=[(options["program"], size) for size in options["entries"]],
+        seconds=options["seconds"],
+        seed=options["seed"],
+        sources=options["sources"],
+        cpu=options["cpu"],
+    )
+    context.exit(_measure(plan, options))
 
 
 @bench.command()
@@ -147,7 +193,9 @@ def compare(first: Path, second: Path, as_json: bool) -> None:
 @bench.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), callback=_file, help="Write the HTML page.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), callback=_file, help="Write the main plot as SVG.")
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), callback=_file, help="Write the main plot as SVG."
+)
 def show(file: Path, report: Path | None, plot: Path | None) -> None:
     """Print the tables of a kept result again."""
     result = results.load(file)
@@ -162,17 +210,14 @@ def _write(result: Result, report: Path | None, plot: Path | None) -> None:
         plot.write_text(reporting.figure(result))
 
 
-def _measure(kind: Literal["flood", "scale"], names: Sequence[str], programs: list[tuple[str, int]], seconds: float,
-             profiled: bool, wire: bool, *, sources: int, seed: int, cpu: int, json_file: Path | None, report: Path | None,
-             plot: Path | None) -> int:  # fmt: skip
-    plan = Plan(programs, seed, sources, cpu, wire)
-    rows = len(programs) + 4
-    with _Progress(seconds * rows if wire else seconds) as progress:
-        result = runner.run(kind, names, plan, seconds, profiled, progress)
+def _measure(plan: Plan, options: dict[str, Any]) -> int:
+    """Run the plan, print the tables, write the files that the options name; the exit code."""
+    with _Progress(plan.flood_seconds) as progress:
+        result = runner.run(plan, progress)
     click.echo(tables.render(result))
-    if json_file:
-        results.save(result, json_file)
-    _write(result, report, plot)
+    if options["json_file"]:
+        results.save(result, options["json_file"])
+    _write(result, options["report"], options["plot"])
     return EXIT_GATE if result.failed_gates else 0
 
 
@@ -211,7 +256,9 @@ class _Progress:
             self._bar.add_task("", flood=what, estimate="", total=None if "profile" in what else self._seconds)
             self._bar.refresh()
         elif self._console.is_terminal and time.monotonic() - self._drawn > self._EVERY:
-            self._bar.update(self._bar.task_ids[0], completed=stage.record.seconds, estimate=_running(stage), refresh=True)
+            self._bar.update(
+                self._bar.task_ids[0], completed=stage.record.seconds, estimate=_running(stage), refresh=True
+            )
             self._drawn = time.monotonic()
 
 
@@ -251,5 +298,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo(f"fastrecv.bench: {error}", err=True)
         return EXIT_MISSING
     return int(code or 0)
-
-

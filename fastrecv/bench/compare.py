@@ -34,7 +34,7 @@ class Comparison(msgspec.Struct, kw_only=True):
 
 
 def compare(first: Result, second: Result) -> tuple[list[Comparison], list[str]]:
-    """The rows that both have, and what else differs between the runs. IncomparableError for different modes or floods."""
+    """The rows that both have, and what else differs. IncomparableError for different modes or floods."""
     for what, a, b in (
         ("kinds of run", first.kind, second.kind),
         ("modes", first.mode, second.mode),
@@ -87,7 +87,8 @@ def render(rows: list[Comparison], notes: list[str]) -> str:
     table = tables.markdown(
         ["flood, configuration", "Δ rx pps, A", "Δ rx pps, B", "B - A", "95 % interval", "verdict on B"],
         ([f"{row.flood}: {row.title}", tables.signed(row.first.estimate, 2), tables.signed(row.second.estimate, 2),
-          tables.signed(row.difference.estimate, 2, " pp"), tables.interval(row.difference), row.verdict] for row in rows),
+          tables.signed(row.difference.estimate, 2, " pp"), tables.interval(row.difference), row.verdict]
+         for row in rows),
     )  # fmt: skip
     return "\n\n".join([table, *(f"NOTE: {note}" for note in notes)])
 

@@ -60,23 +60,29 @@ def warn_about_floods(floods: list[Flood]) -> list[str]:
     """What is unsteady about the numbers."""
     warnings = []
     for flood in floods:
-        blocks, baseline = len(flood.order), flood.row("baseline")
-        if blocks < MIN_BLOCKS:
-            warnings.append(f"{flood.name}: only {blocks} blocks, intervals are rough below {MIN_BLOCKS}: "
-                            "give it more --seconds")  # fmt: skip
-        if baseline.pps_sstdev >= 10:
-            warnings.append(f"{flood.name}: the baseline's standard deviation is {baseline.pps_sstdev:.1f} % of its mean: "
-                            "trust the medians and their intervals, not the means")  # fmt: skip
-        if flood.noise.half_width > 0.5:
-            warnings.append(f"{flood.name}: the A/A half-width is {flood.noise.half_width:.2f} %: differences below that "
-                            "are not resolved; a quieter machine or more --seconds would help")  # fmt: skip
-        if flood.noise.excludes(0):
-            warnings.append(f"{flood.name}: the A/A row's 95 % interval excludes 0, as one in twenty does by chance")
+        blocks, baseline, noise = len(flood.order), flood.row("baseline"), flood.noise
         stolen = 100 * sum(flood.steal_ticks) / _TICKS / max(flood.seconds, 1e-9)
-        if stolen > 1:
-            warnings.append(f"{flood.name}: the hypervisor took {stolen:.1f} % of the CPU's time (steal)")
-        if any(row.share and row.share.event != "cycles" for row in flood.configurations):
-            warnings.append(f"{flood.name}: no PMU here: CPU shares are cpu-clock samples, not cycles")
+        found = [
+            (
+                blocks < MIN_BLOCKS,
+                f"only {blocks} blocks, and intervals are rough below {MIN_BLOCKS}: give it more time",
+            ),
+            (
+                baseline.pps_sstdev >= 10,
+                f"the baseline's standard deviation is {baseline.pps_sstdev:.1f} % of its mean: trust the medians and "
+                "their intervals, not the means",
+            ),
+            (
+                noise.half_width > 0.5,
+                f"the A/A half-width is {noise.half_width:.2f} %, and less than that is not resolved: a quieter "
+                "machine or more time would help",
+            ),
+            (noise.excludes(0), "the A/A row's 95 % interval excludes 0, as one in twenty does by chance"),
+            (stolen > 1, f"the hypervisor took {stolen:.1f} % of the CPU's time (steal)"),
+        ]
+        warnings += [f"{flood.name}: {text}" for true, text in found if true]
+    if any(row.share and row.share.event != "cycles" for flood in floods for row in flood.configurations):
+        warnings.append("no PMU here: CPU shares are cpu-clock samples, not cycles")
     return warnings
 
 

@@ -22,7 +22,19 @@ from fastrecv.bench.lab import FAR_IP4, FAR_IP6, HOST_IP4, HOST_IP6, Lab
 from fastrecv.bpf import Object, packaged
 from fastrecv.sockets import drop_everything
 
-__all__ = ["FIRST_SOURCE_PORT", "FLOODS", "MAX_SOURCES", "PORT", "XDP_DROP", "XDP_PASS", "XDP_TX", "Counter", "Flood", "Source", "open_sink"]
+__all__ = [
+    "FIRST_SOURCE_PORT",
+    "FLOODS",
+    "MAX_SOURCES",
+    "PORT",
+    "XDP_DROP",
+    "XDP_PASS",
+    "XDP_TX",
+    "Counter",
+    "Flood",
+    "Source",
+    "open_sink",
+]
 
 PORT = 9  # discard; the letter's port is not named
 FIRST_SOURCE_PORT = 1024

@@ -28,10 +28,11 @@ from pyroute2.netlink.rtnl.ifaddrmsg import IFA_F_NODAD
 from fastrecv.bpf import packaged
 from fastrecv.netns import Namespace
 
-__all__ = ["BenchBusyError", "FAR_IP4", "FAR_IP6", "HOST_IP4", "HOST_IP6", "Lab", "quick_grace_periods"]
+__all__ = ["FAR_IP4", "FAR_IP6", "HOST_IP4", "HOST_IP6", "BenchBusyError", "Lab", "quick_grace_periods"]
 
 HOST_IP4, FAR_IP4 = "192.0.2.1", "192.0.2.2"
 HOST_IP6, FAR_IP6 = "2001:db8::1", "2001:db8::2"
+
 
 class Lab:
     """The two namespaces, set up; a context manager.
@@ -128,8 +129,8 @@ def quick_grace_periods() -> Iterator[None]:
     """Expedite RCU while the bench runs: a live BPF_PROG_RUN then costs 0.4 ms to set up instead of 25.
 
     The knob is the whole host's, so a second process keeps watch: it writes the old value back as soon as this one
-    closes the pipe between them, on whatever way this one ends. A lock on the knob keeps a second bench out, which would
-    read the changed value as the old one (and spoil both measurements).
+    closes the pipe between them, on whatever way this one ends. A lock on the knob keeps a second bench out, which
+    would read the changed value as the old one (and spoil both measurements).
     """
     knob = Path("/sys/kernel/rcu_expedited")
     with knob.open("r+") as file:
@@ -138,7 +139,7 @@ def quick_grace_periods() -> Iterator[None]:
         except BlockingIOError:
             raise BenchBusyError("another fastrecv bench is running on this host: wait for it to end") from None
         before = file.read().strip()
-        watch = subprocess.Popen(
+        watch = subprocess.Popen(  # noqa: S603 - a constant script and the knob's own value
             ["/bin/sh", "-c", 'read -r _; echo "$1" >"$0"', str(knob), before],
             stdin=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C at the terminal is not for it

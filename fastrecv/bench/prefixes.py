@@ -20,11 +20,14 @@ _BITS = {socket.AF_INET: 32, socket.AF_INET6: 128}
 _LENGTHS = {socket.AF_INET: (16, 24), socket.AF_INET6: (32, 64)}  # shortest and longest drawn, in bits
 
 
-def describe(entries: int, seed: int) -> str:
-    """The distribution in words, for reports."""
+def describe(sizes: list[int], seed: int) -> str:
+    """The distribution in words, for reports. sizes : of the rule sets."""
+    if not sizes:
+        return "none"
+    numbers = ", ".join(f"{size:,}" for size in sorted(set(sizes)))
     return (
-        f"{entries:,} prefixes (seed {seed}): the destination's own /24 (IPv6: /64), the others with a length uniform in "
-        "16..24 (IPv6: 32..64) and an address uniform over the whole space"
+        f"{numbers} prefixes (seed {seed}): the destination's own /24 (IPv6: /64), the others with a length uniform "
+        "in 16..24 (IPv6: 32..64) and an address uniform over the whole space"
     )
 
 

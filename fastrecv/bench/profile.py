@@ -1,8 +1,8 @@
 """Where the CPU time goes: two passes of their own, since both slow the path that they look at.
 
-`shares` samples the pinned CPU with perf while the flood goes on and counts the samples with the flood's lookup function
-on the stack: the cover letter's inclusive share. `runs` lets the kernel time the attached program (BPF run-time
-statistics).
+`shares` samples the pinned CPU with perf while the flood goes on and counts the samples with the flood's lookup
+function on the stack: the cover letter's inclusive share. `runs` lets the kernel time the attached program (BPF
+run-time statistics).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ProfileError(RuntimeError):
 
 
 def choose_event() -> str:
-    """"cycles" where the machine has a PMU, else "cpu-clock", an hrtimer. ProfileError when perf cannot run."""
+    """The event: "cycles" where the machine has a PMU, else "cpu-clock", an hrtimer. ProfileError: perf cannot run."""
     if shutil.which("perf") is None:
         raise ProfileError("perf is not installed: no CPU shares (Debian: apt install linux-perf)")
     for event in ("cycles", "cpu-clock"):

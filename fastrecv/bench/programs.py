@@ -1,8 +1,8 @@
 """The sk_lookup programs that can be measured, each ready to be attached to the lab's host.
 
-An entry opens everything a program needs (maps filled, the sink in its place) and gives the loaded program: attaching is
-all that is left for the measured block to do. Every one must assign the sink to the flood's packets, and is asked before
-it is measured whether it does.
+An entry opens everything a program needs (maps filled, the sink in its place) and gives the loaded program: attaching
+is all that is left for the measured block to do. Every one must assign the sink to the flood's packets, and is asked
+before it is measured whether it does.
 """
 
 from __future__ import annotations

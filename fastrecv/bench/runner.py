@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Literal
 
 from fastrecv import features
 from fastrecv.bench import environment, prefixes, profile, sampler, stats
@@ -31,15 +30,8 @@ NEEDS = (
 _SHARE_SECONDS = 1.5  # of sampling a row: some 6,000 samples, a standard error of 0.3 pp at a share of 5 %
 
 
-def run(
-    kind: Literal["flood", "scale"],
-    names: Sequence[str],
-    plan: Plan,
-    seconds: float,
-    profiled: bool,
-    on_progress: Callable[[str, Stage | None], None],
-) -> Result:
-    """Measure the floods `names` and return the result with everything derived.
+def run(plan: Plan, on_progress: Callable[[str, Stage | None], None]) -> Result:
+    """Measure what the plan says and return the result with everything derived.
 
     on_progress : called with what is going on ("udp4", "udp4 profile") and, after every block, the Stage.
     NotSupported when the kernel or the privileges lack something, ForeignProgramError when a baseline is not to be had.
@@ -49,7 +41,7 @@ def run(
     refuse_foreign_programs()
     known = environment.record()
     result = Result(
-        kind=kind,
+        kind=plan.kind,
         mode="wire" if plan.wire else "inject",
         version=version("fastrecv"),
         started=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -57,23 +49,21 @@ def run(
         seed=plan.seed,
         cpu=plan.cpu,
         sources=plan.sources,
-        prefixes=", ".join(prefixes.describe(entries, plan.seed) for name, entries in plan.programs if entries)
-        if kind == "flood"
-        else prefixes.describe(max(entries for _, entries in plan.programs), plan.seed),
+        prefixes=prefixes.describe([entries for _, entries in plan.programs if entries], plan.seed),
         environment=known,
     )
     event = None
-    if profiled:
+    if plan.profiled:
         try:
             event = profile.choose_event()
         except profile.ProfileError as error:
             result.warnings.append(str(error))
     with quick_grace_periods():
-        for name in names:
+        for name in plan.floods:
             on_progress(name, None)
-            flood = sampler.measure(FLOODS[name], plan, seconds, lambda stage: on_progress(stage.flood.name, stage))
+            flood = sampler.measure(FLOODS[name], plan, lambda stage: on_progress(stage.flood.name, stage))
             result.floods.append(flood)
-            if flood.gates[-1].passed and profiled:
+            if flood.gates[-1].passed and plan.profiled:
                 on_progress(f"{name} profile", None)
                 _profile(flood, plan, event, result)
             stats.summarise(flood)

@@ -1,4 +1,4 @@
-"""The measuring loop: blocks of windows, every configuration once a block in random order, every packet accounted for."""
+"""The measuring loop: blocks of windows, each configuration once a block, in random order, every packet counted."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fastrecv.bench.stage import Plan, Row, Stage, configurations, open_stage, p
 
 __all__ = ["OnBlock", "measure"]
 
-# Packets of a window and of the warm-up before it. A window is some milliseconds: shorter ones still feel the patching of
-# the static key (a SYN flood's first 2 ms after an attach read 8 % slow), longer ones give fewer blocks.
+# Packets of a window and of the warm-up before it: some milliseconds, so that neither the patching of the static key
+# nor the fixed cost of a call is felt; longer windows would give fewer blocks.
 _WINDOW = {"udp4": (4096, 2048), "udp6": (4096, 2048), "syn4": (2048, 1024), "syn6": (2048, 1024)}
 
 _WIRE_WINDOW = 1.0  # seconds, the cover letter's sampling interval
@@ -30,13 +30,11 @@ _SETUP_SECONDS = 1.0  # what a set-up serves for, in whole blocks
 OnBlock = Callable[[Stage], None]
 
 
-def measure(
-    flood: floods.Flood, plan: Plan, seconds: float, on_block: OnBlock
-) -> Flood:
-    """Measure one flood for `seconds` (in wire mode: for each configuration) and leave the gate of exact counts.
+def measure(flood: floods.Flood, plan: Plan, on_block: OnBlock) -> Flood:
+    """Measure one flood for the plan's time and leave the gate of exact counts.
 
-    The lab is set up afresh every second or every block: where its memory comes to lie is fixed for the life of a set-up, and has been
-    seen to move one side of a comparison by 9 %. No set-up's luck may decide a run.
+    The lab is set up afresh every second or every block: something that is fixed for the life of a set-up (where its
+    memory lies?) has been seen to move one side of a comparison by 9 %. No set-up's luck may decide a run.
     """
     window, warmup = (0, 0) if plan.wire else _WINDOW[flood.name]
     record = Flood(
@@ -45,10 +43,10 @@ def measure(
         counter=" ".join(filter(None, flood.counter)),
         window_packets=window,
         warmup_packets=warmup,
-        configurations=configurations(plan.programs, plan.wire),
+        configurations=configurations(plan),
     )
     rng = np.random.default_rng(plan.seed)
-    total = seconds * len(record.configurations) if plan.wire else seconds
+    total = plan.flood_seconds
     wrong = ""
     while record.seconds < total and not wrong:
         with open_stage(record, plan) as stage:
@@ -148,7 +146,7 @@ def _flowing(stage: Stage) -> Iterator[None]:
             with pinned(stage.cpu), stage.lab.far:
                 while not stop.is_set():
                     stage.source.send(XDP_TX, _WIRE_BURST)
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+        except BaseException as error:  # handed to the thread that waits
             failures.append(error)
 
     thread = threading.Thread(target=send, name="fastrecv-source")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from fastrecv.bench import floods
 from fastrecv.bench.floods import FLOODS, Counter, Source, open_sink
@@ -43,13 +44,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is to measure. programs : (name in PROGRAMS, entries of its rule set)."""
+    """What a run is to measure.
 
+    floods : names in FLOODS. programs : (name in PROGRAMS, entries of its rule set), in the order of the rows.
+    seconds : for each flood; in wire mode for each configuration. profiled : with CPU shares and program run times.
+    """
+
+    kind: Literal["flood", "scale"]
+    floods: list[str]
     programs: list[tuple[str, int]]
+    seconds: float
     seed: int
     sources: int
     cpu: int
-    wire: bool
+    wire: bool = False
+    profiled: bool = False
+
+    @property
+    def flood_seconds(self) -> float:
+        """For how long the blocks of one flood are to run."""
+        return self.seconds * len(configurations(self)) if self.wire else self.seconds
 
 
 @dataclass
@@ -81,8 +95,8 @@ def refuse_foreign_programs() -> None:
         name = program.name if program else "?"
         raise ForeignProgramError(
             f"a foreign sk_lookup program is attached: link {link.id}, program {link.program_id} ({name}), network "
-            f"namespace {link.netns_inode or 'gone'}. It turns the hook on for the whole host, so every baseline would be "
-            "false: detach it, then run again"
+            f"namespace {link.netns_inode or 'gone'}. It turns the hook on for the whole host, so every baseline would "
+            "be false: detach it, then run again"
         )
 
 
@@ -104,23 +118,25 @@ def _attached(program: Program, namespace: Namespace) -> Iterator[None]:
         link.detach()  # at once; closing alone may leave it to a worker of the kernel
 
 
-def configurations(programs: list[tuple[str, int]], wire: bool) -> list[Configuration]:
-    """The rows of a run, empty. programs : (name in PROGRAMS, entries of its rule set), in the order of the rows."""
-    names = [name for name, _ in programs]
+def configurations(plan: Plan) -> list[Configuration]:
+    """The rows of a run, empty."""
+    names = [name for name, _ in plan.programs]
     attached = [
         Configuration(
             name=f"{name}-{entries}" if names.count(name) > 1 else name,
             title=PROGRAMS[name].title.format(entries=entries),
             entries=entries if PROGRAMS[name].has_entries else None,
         )
-        for name, entries in programs
+        for name, entries in plan.programs
     ]
     return [
         Configuration(name="baseline", title="baseline: no sk_lookup program"),
         Configuration(name="again", title="baseline again (A/A)"),
         Configuration(name="no-program", title="no program here, one in another namespace"),
         *attached,
-        Configuration(name="harness", title="harness: XDP_DROP at host0" if wire else "harness: XDP_DROP at the source"),
+        Configuration(
+            name="harness", title="harness: XDP_DROP at host0" if plan.wire else "harness: XDP_DROP at the source"
+        ),
     ]
 
 

@@ -1,7 +1,8 @@
 """From windows to a statement: the median of per-block ratios, its bootstrap interval, and a verdict.
 
-Drift hits all configurations of a block alike, so a ratio within a block is free of it; the median does not care how far
-an interrupted window lies out. The A/A row says how much two equal things differ here: what is smaller is not resolved.
+Drift hits all configurations of a block alike, so a ratio within a block is free of it; the median does not care how
+far an interrupted window lies out. The A/A row says how much two equal things differ here: what is smaller is not
+resolved.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import numpy as np
 import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
-from fastrecv.bench.results import Configuration, Flood, Gate, Interval, Verdict
+from fastrecv.bench.results import Flood, Gate, Interval, Verdict
 
 __all__ = ["MIN_BLOCKS", "difference", "estimate", "judge", "summarise"]
 
@@ -21,7 +22,8 @@ _BATCH = 100  # resamples at a time: bounds the memory of a run of thousands of 
 
 def _changes(baseline: ArrayLike, other: ArrayLike) -> NDArray[np.float64]:
     """Per block, by how many percent the rx pps of `other` differ from those of `baseline` (both in ns a packet)."""
-    return 100 * (np.asarray(baseline, float) / np.asarray(other, float) - 1)
+    changes: NDArray[np.float64] = 100 * (np.asarray(baseline, float) / np.asarray(other, float) - 1)
+    return changes
 
 
 def estimate(baseline: ArrayLike, other: ArrayLike, level: float = 0.95, resamples: int = _RESAMPLES) -> Interval:

@@ -25,7 +25,10 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     text = []
     for number, line in enumerate(lines):
-        cells = [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
         text.append("| " + " | ".join(cells) + " |")
         if number == 0:
             text.append("| " + " | ".join(rule) + " |")
@@ -44,16 +47,19 @@ def flood_tables(flood: Flood) -> str:
         [f"{flood.name}: {flood.title}", "rx pps (mean ± sstdev)", "Δ rx pps", "95 % interval", "verdict",
          *(f"letter {series}" for series in letter.SERIES)],
         ([row.title, f"{row.pps_mean:,.0f} ± {row.pps_sstdev:4.1f} %", signed(row.delta.estimate) if row.delta else "",
-          interval(row.delta), row.verdict, *(signed(letter.delta(series, flood.name, row.name)) for series in letter.SERIES)]
+          interval(row.delta), row.verdict,
+          *(signed(letter.delta(series, flood.name, row.name)) for series in letter.SERIES)]
          for row in flood.configurations),
     )  # fmt: skip
     parts = [f"{blocks_of(flood)}; noise floor ±{flood.noise.half_width:.2f} %", rates]
     sampled = [row for row in flood.configurations if row.share is not None]
     if sampled:
         parts.append(_shares(flood, sampled))
-    for row in flood.configurations:
-        if row.run is not None:
-            parts.append(f"{row.title}: {row.run.ns_per_run:.0f} ns a run (BPF statistics, {row.run.runs:,} runs)")
+    parts += [
+        f"{row.title}: {row.run.ns_per_run:.0f} ns a run (BPF statistics, {row.run.runs:,} runs)"
+        for row in flood.configurations
+        if row.run is not None
+    ]
     return "\n\n".join(parts)
 
 
@@ -81,7 +87,8 @@ def render(result: Result) -> str:
     environment = result.environment
     head = (
         f"fastrecv {result.version} · {result.kind} · mode {result.mode} · {environment.get('kernel', '?')} · "
-        f"{environment.get('CPU', '?')}, {environment.get('CPUs', '?')} CPUs, flood on CPU {result.cpu} · {result.started}\n"
+        f"{environment.get('CPU', '?')}, {environment.get('CPUs', '?')} CPUs, flood on CPU {result.cpu} · "
+        f"{result.started}\n"
         f"{result.sources:,} sources · rule sets: {result.prefixes}"
     )
     parts = [head, *(flood_tables(flood) for flood in result.floods)]

@@ -1,0 +1,75 @@
+"""Kernel tests: root, private namespaces, and proof after each test that nothing was left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fastrecv import bpf
+from fastrecv.bench.runner import NEEDS
+
+HERE = Path(__file__).parent
+RCU = Path("/sys/kernel/rcu_expedited")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.needs(*NEEDS))
+
+
+def _held_namespaces() -> set[str]:
+    """Every network namespace that some process is in or holds open ("net:[inode]")."""
+    held = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            held.add((process / "ns/net").readlink().name)
+            held |= {name for fd in (process / "fd").iterdir() if (name := fd.readlink().name).startswith("net:[")}
+        except OSError:
+            continue  # the process has ended
+    return held
+
+
+def _named_namespaces() -> set[str]:
+    folder = Path("/run/netns")
+    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Namespaces, BPF links, descriptors and the RCU knob are after a test, failed or not, what they were before."""
+    home = Path("/proc/thread-self/ns/net").readlink()
+    before = _held_namespaces(), _named_namespaces(), set(bpf.link_ids()), RCU.read_text()
+    yield
+    assert Path("/proc/thread-self/ns/net").readlink() == home, "the test left its thread in another namespace"
+    after = _held_namespaces(), _named_namespaces(), set(bpf.link_ids()), RCU.read_text()
+    for what, old, new in zip(("namespaces", "named namespaces", "BPF links"), before[:3], after[:3], strict=True):
+        assert isinstance(old, set)
+        assert isinstance(new, set)
+        assert not new - old, f"{what} left behind: {new - old}"
+    assert after[3] == before[3], "rcu_expedited was not put back"
+
+
+@pytest.fixture(scope="session")
+def compile_bpf(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """Compile a BPF source text of a test with the compiler that builds the package."""
+    clang = shutil.which("clang")
+    assert clang is not None, "clang is part of `make setup`"
+    folder = tmp_path_factory.mktemp("bpf")
+
+    def compile_text(name: str, text: str) -> bytes:
+        source = folder / f"{name}.bpf.c"
+        source.write_text(text)
+        include = f"-I/usr/include/{os.uname().machine}-linux-gnu"
+        target = source.with_suffix(".o")
+        subprocess.run(
+            [clang, "-target", "bpf", "-O2", "-g", include, "-c", str(source), "-o", str(target)], check=True
+        )
+        return target.read_bytes()
+
+    return compile_text
