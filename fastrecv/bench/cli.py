@@ -86,7 +86,7 @@ def _measuring(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--seed", type=click.IntRange(0), default=1, show_default=True,
                          help="Of the order within blocks and of the rule sets."),
             click.option("--cpu", type=int, callback=_cpu, help="The CPU that takes the flood.  [default: the last]"),
-            click.option("--json", "json_file", type=writable, callback=_file, help="Keep the result and all raw windows."),
+            click.option("--json", "json_file", type=writable, callback=_file, help="Keep the result and its windows."),
             click.option("--report", type=writable, callback=_file, help="Write one self-contained HTML page."),
             click.option("--plot", type=writable, callback=_file, help="Write the main plot as SVG."),
         ]

@@ -40,10 +40,14 @@ def choose_event() -> str:
         raise ProfileError("perf is not installed: no CPU shares (Debian: apt install linux-perf)")
     for event in ("cycles", "cpu-clock"):
         with tempfile.TemporaryDirectory() as folder:
-            done = _perf("record", "-q", "-e", event, "-o", f"{folder}/data", "--", "true")
-        if done.returncode == 0:
-            return event
-    raise ProfileError(f"perf cannot sample here: no CPU shares ({done.stderr.strip().splitlines()[-1:]})")
+            data = f"{folder}/perf.data"
+            done = _perf("record", "-q", "-e", event, "-o", data, "--", "true")
+            if done.returncode == 0:
+                # Without a PMU some versions of perf take cpu-clock for cycles without a word: ask what was recorded.
+                recorded = _perf("evlist", "-i", data).stdout
+                return "cycles" if "cycles" in recorded else "cpu-clock"
+    reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    raise ProfileError(f"perf cannot sample here: no CPU shares ({reason})")
 
 
 def shares(stage: Stage, event: str, seconds: float) -> None:

@@ -97,7 +97,8 @@ def render(result: Result) -> str:
         + (", through a driver: a shape to compare with." if result.mode == "wire" else
            "; there is no driver in our denominator, so ours read larger: a shape to compare with.")
     )  # fmt: skip
-    parts += [f"WARNING: {warning}" for warning in result.warnings]
+    if result.warnings:
+        parts.append("\n".join(f"WARNING: {warning}" for warning in result.warnings))
     failed = result.failed_gates
     parts += [f"GATE FAILED: {flood.name}, {gate.name}: {gate.detail}" for flood, gate in failed]
     if not failed:

@@ -44,10 +44,19 @@ def test_a_missing_perf_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         profile.choose_event()
 
 
-@pytest.mark.parametrize(("refused", "expected"), [("none", "cycles"), ("cycles", "cpu-clock")])
-def test_cycles_are_preferred(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refused: str, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("refused", "recorded", "expected"),
+    [
+        ("none", "cycles:P", "cycles"),
+        ("none", "cpu-clock:ppp", "cpu-clock"),  # perf 6.1 takes one for the other without a word
+        ("cycles", "cpu-clock", "cpu-clock"),
+    ],
+)
+def test_cycles_are_preferred_and_a_silent_substitute_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refused: str, recorded: str, expected: str
+) -> None:
     perf = tmp_path / "perf"
-    perf.write_text(f'#!/bin/sh\ncase "$*" in *"-e {refused}"*) exit 1;; esac\n')
+    perf.write_text(f'#!/bin/sh\ncase "$*" in *"-e {refused}"*) exit 1;; evlist*) echo {recorded};; esac\n')
     perf.chmod(perf.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert profile.choose_event() == expected
