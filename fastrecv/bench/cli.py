@@ -267,7 +267,7 @@ def _running(stage: Stage) -> str:
     baseline, again, *_ = (row.configuration for row in stage.rows)
     parts = []
     for row in [again, *(row.configuration for row in stage.rows if row.program is not None)]:
-        delta = stats.estimate(baseline.ns, row.ns, resamples=200)
+        delta = stats.estimate(baseline.ns, row.ns, stage.record.setups, resamples=200)
         name = "A/A" if row is again else row.name
         parts.append(f"{name} {delta.estimate:+.1f} ±{delta.half_width:.1f} %")
     return f"{len(stage.record.order)} blocks  " + "  ".join(parts)

@@ -7,6 +7,8 @@ resolved.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import scipy.stats
 from numpy.typing import ArrayLike, NDArray
@@ -16,7 +18,9 @@ from fastrecv.bench.results import Flood, Gate, Interval, Verdict
 __all__ = ["MIN_BLOCKS", "difference", "estimate", "judge", "summarise"]
 
 MIN_BLOCKS = 30  # fewer make a 95 % percentile interval of a median a guess
-_RESAMPLES = 9999
+_RESAMPLES = 2999
+_WIDE_RESAMPLES = 9999  # the tails of a 99.9 % interval need more
+_MIN_SETUPS = 8
 _BATCH = 100  # resamples at a time: bounds the memory of a run of thousands of blocks
 
 
@@ -26,19 +30,38 @@ def _changes(baseline: ArrayLike, other: ArrayLike) -> NDArray[np.float64]:
     return changes
 
 
-def estimate(baseline: ArrayLike, other: ArrayLike, level: float = 0.95, resamples: int = _RESAMPLES) -> Interval:
-    """The median over blocks of the change in rx pps, with a percentile bootstrap interval over blocks.
+def estimate(
+    baseline: ArrayLike,
+    other: ArrayLike,
+    setups: Sequence[int] = (),
+    level: float = 0.95,
+    resamples: int = _RESAMPLES,
+) -> Interval:
+    """The median over blocks of the change in rx pps, with a percentile bootstrap interval.
 
-    baseline, other : (n,) ns a packet, one a block, n >= 2. The resampling is seeded: the same windows give the same
-    interval.
+    baseline, other : (n,) ns a packet, one a block. setups : how many of the blocks belong to each set-up of the lab, in
+    their order. Whole set-ups are resampled, since what is fixed for the life of one shifts all its blocks together;
+    where there are fewer than eight, blocks are. The resampling is seeded: the same windows give the same interval.
     """
     changes = _changes(baseline, other)
     middle = float(np.median(changes))
-    if np.ptp(changes) == 0:  # scipy has no interval for a constant
+    groups = list(setups) if len(setups) >= _MIN_SETUPS else [1] * len(changes)
+    if len(groups) < 2 or np.ptp(changes) == 0:  # scipy has no interval for one value, or for a constant
         return Interval(estimate=middle, low=middle, high=middle, level=level)
+    table = np.full((len(groups), max(groups)), np.nan)  # a row a group, filled up with NaN
+    table[np.arange(table.shape[1]) < np.array(groups)[:, None]] = changes
+
+    def statistic(drawn: NDArray[np.int64], axis: int) -> NDArray[np.float64]:
+        """The median of all blocks of the drawn groups, for each resample; `axis` is always the last."""
+        values = np.sort(table[drawn].reshape(*drawn.shape[:axis], -1), axis=axis)  # NaN goes to the end
+        middles = (np.count_nonzero(~np.isnan(values), axis=axis) - 1) / 2
+        pair = [np.take_along_axis(values, edge(middles).astype(int)[..., None], axis) for edge in (np.floor, np.ceil)]
+        return np.mean(pair, axis=0)[..., 0]
+
     interval = scipy.stats.bootstrap(
-        (changes,), np.median, confidence_level=level, n_resamples=resamples, batch=_BATCH, method="percentile", rng=0
-    ).confidence_interval
+        (np.arange(len(groups)),), statistic, confidence_level=level, n_resamples=resamples, batch=_BATCH,
+        method="percentile", vectorized=True, rng=0,
+    ).confidence_interval  # fmt: skip
     return Interval(estimate=middle, low=float(interval.low), high=float(interval.high), level=level)
 
 
@@ -69,13 +92,13 @@ def summarise(flood: Flood) -> None:
         if row.name == "harness":
             row.verdict = "source alone"
         elif row is not baseline:
-            row.delta = estimate(baseline.ns, row.ns)
+            row.delta = estimate(baseline.ns, row.ns, flood.setups)
     for row in flood.configurations:
         if row.name == "again":
             row.verdict = "noise floor"
         elif row.delta is not None:
             row.verdict = judge(row.delta, flood.noise)
-    wide = estimate(baseline.ns, flood.row("again").ns, level=0.999)
+    wide = estimate(baseline.ns, flood.row("again").ns, flood.setups, 0.999, _WIDE_RESAMPLES)
     flood.gates.append(
         Gate(
             name="A/A",

@@ -53,6 +53,29 @@ def test_interrupted_windows_hardly_move_it() -> None:
     assert abs(estimate(baseline, disturbed).estimate - quiet.estimate) < 1
 
 
+def test_what_shifts_whole_setups_widens_the_interval() -> None:
+    rng = np.random.default_rng(1)
+    setups = [40] * 18
+    shifts = np.repeat(rng.normal(0, 0.03, 18), 40)
+    baseline = windows(720, 700, 1, 0.02)
+    other = windows(720, 800, 2, 0.02) * (1 + shifts)
+    blind, aware = estimate(baseline, other), estimate(baseline, other, setups)
+    assert aware.estimate == blind.estimate
+    assert aware.half_width > 3 * blind.half_width
+    assert aware.low < 100 * (700 / 800 - 1) < aware.high
+
+
+@given(st.lists(st.integers(1, 30), min_size=8, max_size=20))
+def test_setups_of_any_size_are_resampled_whole(setups: list[int]) -> None:
+    """Every resampled median lies within the range of the changes, and a shift of all blocks shifts it as much."""
+    n = sum(setups)
+    baseline, other = windows(n, 700, 1), windows(n, 700, 2)
+    found = estimate(baseline, other, setups, resamples=50)
+    changes = 100 * (baseline / other - 1)
+    assert changes.min() <= found.low <= found.high <= changes.max()
+    assert found.estimate == pytest.approx(np.median(changes))
+
+
 def test_the_same_windows_give_the_same_interval() -> None:
     assert estimate(windows(100, 1, 1), windows(100, 1, 2)) == estimate(windows(100, 1, 1), windows(100, 1, 2))
 
