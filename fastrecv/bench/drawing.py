@@ -152,7 +152,8 @@ def label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
         axes.annotate(
             text, (1, value), (1 + 18 / (_WIDTH - 76.0 - _RIGHT), place), xycoords=("axes fraction", "data"),
             textcoords=("axes fraction", "data"), color=INK, fontsize=10, va="center",
-            arrowprops={"arrowstyle": "-", "color": ink, "linewidth": 1.4, "shrinkA": 1, "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "color": ink, "linewidth": 1.4, "shrinkA": 1, "shrinkB": 0,
+                        "relpos": (0, 0.5)},  # from the label's left edge: a steep line would cross its text
         )  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def drift(result: Result) -> str:
                 outside += int((~inside).sum())
                 ink = _placeholder(result, row)
                 dots(axes, blocks[inside], pps[inside], ink, 2.2, 0.3)
-                smooth = scipy.ndimage.median_filter(pps, max(3, len(pps) // 20 | 1), mode="nearest")
+                smooth = scipy.ndimage.median_filter(pps, max(3, len(pps) // 20 | 1), mode="reflect")
                 axes.plot(blocks, smooth, color=ink, linewidth=1.6)
                 ends.append((float(smooth[-1]), row.name, ink))
             axes.set_xlim(0, max(len(row.ns) for row in rows) + 1)
@@ -225,11 +225,15 @@ def _pps(row: Configuration) -> NDArray[np.float64]:
 
 
 def _axis_range(rows: Iterable[Configuration]) -> tuple[float, float]:
-    """A range for all rows that a few far windows cannot stretch: the middle nine tenths of each and half as much."""
+    """A range for all rows that a few far windows cannot stretch: the middle nine tenths of each and half as much.
+
+    At least one window is left out at either end: a percentile of five windows would reach for the farthest.
+    """
     lows, highs = [], []
     for row in rows:
-        pps = _pps(row)
-        low, high = np.percentile(pps, [5, 95])
+        pps = np.sort(_pps(row))
+        cut = min(1 + len(pps) // 20, (len(pps) - 1) // 2)
+        low, high = pps[cut], pps[-1 - cut]
         reach = (high - low) / 2
         lows.append(max(low - reach, pps.min()))
         highs.append(min(high + reach, pps.max()))

@@ -39,8 +39,8 @@ def estimate(
 ) -> Interval:
     """The median over blocks of the change in rx pps, with a percentile bootstrap interval.
 
-    baseline, other : (n,) ns a packet, one a block. setups : how many of the blocks belong to each set-up of the lab, in
-    their order. Whole set-ups are resampled, since what is fixed for the life of one shifts all its blocks together;
+    baseline, other : (n,) ns a packet, one a block. setups : how many of the blocks belong to each set-up of the lab,
+    in their order. Whole set-ups are resampled, since what is fixed for the life of one shifts all its blocks together;
     where there are fewer than eight, blocks are. The resampling is seeded: the same windows give the same interval.
     """
     changes = _changes(baseline, other)
@@ -56,7 +56,8 @@ def estimate(
         values = np.sort(table[drawn].reshape(*drawn.shape[:axis], -1), axis=axis)  # NaN goes to the end
         middles = (np.count_nonzero(~np.isnan(values), axis=axis) - 1) / 2
         pair = [np.take_along_axis(values, edge(middles).astype(int)[..., None], axis) for edge in (np.floor, np.ceil)]
-        return np.mean(pair, axis=0)[..., 0]
+        medians: NDArray[np.float64] = np.mean(pair, axis=0)[..., 0]
+        return medians
 
     interval = scipy.stats.bootstrap(
         (np.arange(len(groups)),), statistic, confidence_level=level, n_resamples=resamples, batch=_BATCH,

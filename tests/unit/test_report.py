@@ -73,7 +73,7 @@ def test_the_page_is_whole_and_says_everything(result: Result, page: str) -> Non
         "AMD EPYC",
         "__udp4_lib_lookup",
         "cpu-clock",
-        "−7.6 %",
+        "\u22127.6 %",
         "3.70 %",
     ):
         assert expected in parser.text
