@@ -25,7 +25,7 @@ _WIRE_WINDOW = 1.0  # seconds, the cover letter's sampling interval
 _WIRE_WARMUP = 0.1
 _WIRE_BURST = 1 << 14  # frames a call: some 20 ms, so that a window's end is not far from a call's end
 
-_SETUP_SECONDS = 1.0  # what a set-up serves for, in whole blocks
+_SETUP_SECONDS = 0.5  # what a set-up serves for, in whole blocks
 
 OnBlock = Callable[[Stage], None]
 
@@ -33,7 +33,7 @@ OnBlock = Callable[[Stage], None]
 def measure(flood: floods.Flood, plan: Plan, on_block: OnBlock) -> Flood:
     """Measure one flood for the plan's time and leave the gate of exact counts.
 
-    The lab is set up afresh every second or every block: something that is fixed for the life of a set-up (where its
+    The lab is set up afresh every half second or every block: something that is fixed for the life of a set-up (where its
     memory lies?) has been seen to move one side of a comparison by 9 %. No set-up's luck may decide a run.
     """
     window, warmup = (0, 0) if plan.wire else _WINDOW[flood.name]
