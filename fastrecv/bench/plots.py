@@ -60,6 +60,7 @@ def forest(result: Result) -> str:
                 _letter_marks(axes, y, partial(letter.delta, flood=flood.name, row=row.name))
         share_axis(panels)
         for axes in panels:
+            axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %".replace("-", "\u2212")))
         panels[-1].set_xlabel("\u0394 rx pps against the baseline of the same block")
         this_run = Line2D([], [], color=INK, marker="o", markersize=7, linewidth=3, label="this run, 95 % interval")
