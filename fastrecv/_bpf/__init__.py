@@ -1,6 +1,6 @@
 """The one door to libbpf; nothing else in fastrecv calls libbpf or bpf(2).
 
-The GIL is released around every system call. Privileges: CAP_BPF and CAP_NET_ADMIN (or root) to load and attach,
+The GIL is released around whatever loads, attaches, runs, or goes through many entries. Privileges: CAP_BPF and CAP_NET_ADMIN (or root) to load and attach,
 CAP_SYS_ADMIN to enumerate. Linux 5.9 for sk_lookup, 5.18 for live test runs.
 """
 

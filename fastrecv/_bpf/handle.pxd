@@ -8,5 +8,5 @@ cdef int check(int result, str tried) except -1
 cdef int open_pin(path) except -1
 
 cdef class Descriptor:
-    cdef readonly int fd
+    cdef int fd
     cdef int alive(self) except -1

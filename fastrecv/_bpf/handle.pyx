@@ -95,9 +95,7 @@ cdef class Descriptor:
     """A file descriptor that names one kernel object: closed once, a warning when it was forgotten."""
 
     def __cinit__(self, *arguments):
-        self.fd = -1  # first of all: a constructor that fails must not leave 0 to be closed
-        if arguments:
-            self.fd = arguments[0]
+        self.fd = -1  # a constructor that fails must not leave 0 to be closed
 
     cdef int alive(self) except -1:
         if self.fd < 0:

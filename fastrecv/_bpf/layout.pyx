@@ -21,6 +21,7 @@ from fastrecv._bpf.libbpf cimport (
     btf_int_encoding,
     btf_kind,
     btf_member_bit_offset,
+    btf_member_bitfield_size,
     btf_members,
     btf_type,
     btf_var_secinfos,
@@ -31,7 +32,7 @@ from libc.stdint cimport int32_t, uint32_t
 
 
 cdef object dtype_of(const btf *types, uint32_t id):
-    """The numpy dtype of a BTF type; what numpy cannot say (unions, pointers) stays opaque bytes (None: no size)."""
+    """The numpy dtype of a BTF type; None for what numpy cannot say (unions, pointers, bit fields)."""
     cdef const btf_type *t = btf__type_by_id(types, id)
     cdef uint32_t kind, i
     cdef const btf_array *array
@@ -43,6 +44,8 @@ cdef object dtype_of(const btf *types, uint32_t id):
     if t == NULL:
         return None
     kind = btf_kind(t)
+    if kind == BTF_KIND_INT and t.size > 8:
+        return None
     if kind == BTF_KIND_INT:
         return np.dtype(f"{order}{'i' if btf_int_encoding(t) & BTF_INT_SIGNED else 'u'}{t.size}")
     if kind == BTF_KIND_ENUM:
@@ -54,6 +57,8 @@ cdef object dtype_of(const btf *types, uint32_t id):
     names, formats, offsets = [], [], []
     if kind == BTF_KIND_STRUCT:
         for i in range(btf_vlen(t)):
+            if btf_member_bitfield_size(t, i):
+                return None
             names.append(btf__name_by_offset(types, btf_members(t)[i].name_off).decode() or f"_{i}")
             formats.append(dtype_of(types, btf_members(t)[i].type))
             offsets.append(btf_member_bit_offset(t, i) // 8)

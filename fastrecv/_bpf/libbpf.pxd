@@ -4,9 +4,7 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 cdef extern from "<linux/bpf.h>" nogil:
     enum:
-        BPF_ANY
-        BPF_NOEXIST
-        BPF_EXIST
+        BPF_F_LOCK
         BPF_SK_LOOKUP
         BPF_XDP
         BPF_STATS_RUN_TIME
@@ -14,6 +12,7 @@ cdef extern from "<linux/bpf.h>" nogil:
         BPF_MAP_TYPE_PERCPU_HASH
         BPF_MAP_TYPE_PERCPU_ARRAY
         BPF_MAP_TYPE_LRU_PERCPU_HASH
+        BPF_MAP_TYPE_PERCPU_CGROUP_STORAGE
         BPF_LINK_TYPE_XDP
         BPF_LINK_TYPE_NETNS
 
@@ -144,6 +143,7 @@ cdef extern from "<bpf/btf.h>" nogil:
     uint32_t btf_vlen(const btf_type *t)
     uint8_t btf_int_encoding(const btf_type *t)
     uint32_t btf_member_bit_offset(const btf_type *t, uint32_t index)
+    uint32_t btf_member_bitfield_size(const btf_type *t, uint32_t index)
     btf_member *btf_members(const btf_type *t)
     btf_array *get_array "btf_array" (const btf_type *t)
     btf_var_secinfo *btf_var_secinfos(const btf_type *t)

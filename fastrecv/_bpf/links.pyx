@@ -1,6 +1,7 @@
 """BPF links, the enumeration of what is attached on this host, and BPF run-time statistics."""
 
 import os
+import time
 from collections import namedtuple
 
 from fastrecv._bpf.handle cimport Descriptor, check, open_pin
@@ -20,7 +21,7 @@ from fastrecv._bpf.libbpf cimport (
     bpf_prog_get_fd_by_id,
     bpf_prog_info,
 )
-from libc.errno cimport ENOENT
+from libc.errno cimport EAGAIN, ENOENT
 from libc.stdint cimport uint32_t
 from libc.string cimport memset
 
@@ -35,10 +36,13 @@ SK_LOOKUP = BPF_SK_LOOKUP
 cdef class Link(Descriptor):
     """A BPF link: as long as it is open (or pinned) its program stays attached."""
 
+    def __init__(self):
+        raise TypeError("links come from Program.attach_* and Link.open")
+
     @staticmethod
     def open(path):
         """The link pinned at `path`."""
-        return Link(open_pin(path))
+        return take_link(open_pin(path))
 
     @property
     def info(self):
@@ -60,6 +64,13 @@ cdef class Link(Descriptor):
         with nogil:
             result = bpf_link_detach(fd)
         check(result, "detaching the link")
+
+
+def take_link(int fd):
+    """The Link that owns the descriptor `fd` from now on."""
+    cdef Link link = Link.__new__(Link)
+    link.fd = fd
+    return link
 
 
 cdef class Statistics(Descriptor):
@@ -117,18 +128,28 @@ def link_ids():
 
 def link_info(uint32_t number):
     """LinkInfo of the link with this id; None when it is gone. CAP_SYS_ADMIN."""
-    return _by_id(bpf_link_get_fd_by_id(number), link_info_of, f"opening link {number}")
+    return _by_id(bpf_link_get_fd_by_id, number, link_info_of, "link")
 
 
 def program_info(uint32_t number):
     """ProgramInfo of the program with this id; None when it is gone. CAP_SYS_ADMIN."""
-    return _by_id(bpf_prog_get_fd_by_id(number), program_info_of, f"opening program {number}")
+    return _by_id(bpf_prog_get_fd_by_id, number, program_info_of, "program")
 
 
-cdef _by_id(int fd, read, str tried):
+ctypedef int (*_opener)(uint32_t) noexcept nogil
+
+
+cdef _by_id(_opener open_by_id, uint32_t number, read, str what):
+    cdef int fd, attempt
+    for attempt in range(1000):
+        with nogil:
+            fd = open_by_id(number)
+        if fd != -EAGAIN:  # somebody is attaching it at this moment
+            break
+        time.sleep(0.0001)
     if fd == -ENOENT:
         return None
-    check(fd, tried)
+    check(fd, f"opening {what} {number}")
     try:
         return read(fd)
     finally:

@@ -7,9 +7,10 @@ import numpy as np
 from fastrecv._bpf.handle cimport ENOTSUPP, Descriptor, check, open_pin
 from fastrecv._bpf.layout cimport dtype_of
 from fastrecv._bpf.libbpf cimport (
-    BPF_ANY,
+    BPF_F_LOCK,
     BPF_MAP_TYPE_LRU_PERCPU_HASH,
     BPF_MAP_TYPE_PERCPU_ARRAY,
+    BPF_MAP_TYPE_PERCPU_CGROUP_STORAGE,
     BPF_MAP_TYPE_PERCPU_HASH,
     bpf_map,
     bpf_map__btf_key_type_id,
@@ -43,7 +44,8 @@ from libc.string cimport memset
 cdef class Map(Descriptor):
     """A BPF map: of an Object (its descriptor belongs to the object), or `Map.open` of a pin.
 
-    key_dtype, value_dtype : numpy dtypes, from BTF where there is any, else opaque bytes. A per-CPU map takes and gives
+    key_dtype, value_dtype : numpy dtypes, from BTF where there is any, else opaque bytes; an array is the one field
+    "value" of a struct, and so is a scalar that the kernel pads. A per-CPU map takes and gives
     one value per possible CPU: arrays of shape (n, cpus).
     """
 
@@ -56,13 +58,17 @@ cdef class Map(Descriptor):
     cdef uint32_t capacity
     cdef str _name
 
+    def __init__(self):
+        raise TypeError("maps are found in Object.maps, or opened by Map.open")
+
     @staticmethod
     def open(path, key_dtype=None, value_dtype=None):
         """The map pinned at `path`, its layouts as given (the sizes are checked)."""
         cdef bpf_map_info info
         cdef uint32_t size = sizeof(info)
-        cdef Map map = Map(open_pin(path))
+        cdef Map map = Map.__new__(Map)
         memset(&info, 0, sizeof(info))
+        map.fd = open_pin(path)
         try:
             check(bpf_obj_get_info_by_fd(map.fd, &info, &size), f"reading about the map at {os.fsdecode(path)}")
             map._name = info.name.decode("utf-8", "replace")
@@ -76,7 +82,7 @@ cdef class Map(Descriptor):
     @staticmethod
     def _of(Object owner not None, str name not None):
         """The map `name` of an object."""
-        cdef Map map = Map()
+        cdef Map map = Map.__new__(Map)
         cdef const btf *types = bpf_object__btf(owner.ptr)
         map.owner, map.ptr = owner, map_named(owner, name)
         cdef uint32_t key = bpf_map__btf_key_type_id(map.ptr), value = bpf_map__btf_value_type_id(map.ptr)
@@ -88,7 +94,8 @@ cdef class Map(Descriptor):
 
     cdef describe(self, int type, uint32_t capacity, key_dtype, uint32_t key_size, value_dtype, uint32_t value_size):
         cdef bint per_cpu = type in (
-            BPF_MAP_TYPE_PERCPU_HASH, BPF_MAP_TYPE_PERCPU_ARRAY, BPF_MAP_TYPE_LRU_PERCPU_HASH)
+            BPF_MAP_TYPE_PERCPU_HASH, BPF_MAP_TYPE_PERCPU_ARRAY, BPF_MAP_TYPE_LRU_PERCPU_HASH,
+            BPF_MAP_TYPE_PERCPU_CGROUP_STORAGE)
         self.type, self.capacity = type, capacity
         self.key_dtype = _sized(key_dtype, key_size, key_size)
         self.value_dtype = _sized(value_dtype, value_size, (value_size + 7) // 8 * 8 if per_cpu else value_size)
@@ -119,24 +126,31 @@ cdef class Map(Descriptor):
         check(bpf_map__set_max_entries(self.ptr, value), f"sizing map {self.name}")
         self.capacity = value
 
-    cdef _array(self, items, dtype, tuple shape, str what):
-        """`items` as a contiguous array of n rows."""
-        array = np.ascontiguousarray(items, dtype)
+    cdef _rows(self, items, dtype, tuple shape, str what):
+        """`items` as n rows of `dtype`, contiguous, with every byte of padding 0 (the kernel hashes padding too)."""
+        if dtype.itemsize == 0:
+            raise ValueError(f"map {self._name} has no {what}")
+        array = np.asarray(items, dtype)
+        if dtype.kind in "iu" and isinstance(items, np.ndarray) and not np.array_equal(array, items):
+            raise OverflowError(f"{what} of map {self._name} do not all fit into {dtype}")
         if array.ndim == 0 or (shape and array.ndim == 1):
             array = array.reshape((1, *array.shape))
         if array.shape[1:] != shape:
-            raise ValueError(f"{what} of map {self.name} must have shape (n, *{shape}), not {array.shape}")
-        return array
+            raise ValueError(f"{what} of map {self._name} must have shape (n, *{shape}), not {array.shape}")
+        rows = np.zeros(array.shape, dtype)
+        _fill(rows, array)
+        return rows
 
-    def update(self, keys, values, uint64_t flags=BPF_ANY):
+    def update(self, keys, values, uint64_t flags=0):
         """Write n entries in one call: one batched system call where the map type has it, else a loop in C.
 
         keys : (n,) of key_dtype. values : (n,) of value_dtype, (n, cpus) for a per-CPU map.
-        flags : BPF_ANY, BPF_NOEXIST, BPF_EXIST. On an error the entries before the one it names are written.
+        flags : BPF_ANY (0), BPF_NOEXIST (1), BPF_EXIST (2), BPF_F_LOCK (4). On an error the entries before the one that
+        it names are written. Integers that do not fit: OverflowError, nothing is written.
         """
         cdef int fd = self.alive(), result
-        key_rows = self._array(keys, self.key_dtype, (), "keys")
-        value_rows = self._array(values, self.value_dtype, self.value_shape, "values")
+        key_rows = self._rows(keys, self.key_dtype, (), "keys")
+        value_rows = self._rows(values, self.value_dtype, self.value_shape, "values")
         if len(key_rows) != len(value_rows):
             raise ValueError(f"{len(key_rows)} keys but {len(value_rows)} values for map {self.name}")
         if len(key_rows) == 0:
@@ -151,9 +165,9 @@ cdef class Map(Descriptor):
         opts.elem_flags = flags
         with nogil:
             result = -ENOTSUPP
-            if n > 1:
+            if n > 1 and not flags & ~<uint64_t>BPF_F_LOCK:  # batches know no other flag
                 result = bpf_map_update_batch(fd, &key[0], &value[0], &count, &opts)
-                done = count
+                done = 0 if count == n else count  # refused as a whole, the kernel leaves the count alone
             if result == -ENOTSUPP:
                 done = 0
                 while done < n:
@@ -166,7 +180,7 @@ cdef class Map(Descriptor):
     def delete(self, keys):
         """Delete n entries in one call. A key that is not there: KeyError, the ones before it are gone."""
         cdef int fd = self.alive(), result = 0
-        key_rows = self._array(keys, self.key_dtype, (), "keys")
+        key_rows = self._rows(keys, self.key_dtype, (), "keys")
         if len(key_rows) == 0:
             return
         cdef const uint8_t[::1] key = key_rows.view(np.uint8).ravel()
@@ -179,7 +193,7 @@ cdef class Map(Descriptor):
             result = -ENOTSUPP
             if n > 1:
                 result = bpf_map_delete_batch(fd, &key[0], &count, &opts)
-                done = count
+                done = 0 if count == n else count
             if result == -ENOTSUPP:
                 done = 0
                 while done < n:
@@ -188,13 +202,13 @@ cdef class Map(Descriptor):
                         break
                     done += 1
         if result == -ENOENT:
-            raise KeyError(key_rows[min(done, n - 1)])
+            raise KeyError(key_rows[done])
         check(result, f"deleting from map {self.name}, entry {done} of {n}")
 
     def lookup(self, keys):
         """The values of n keys: (n,) of value_dtype, (n, cpus) for a per-CPU map. A missing key: KeyError."""
         cdef int fd = self.alive(), result = 0
-        key_rows = self._array(keys, self.key_dtype, (), "keys")
+        key_rows = self._rows(keys, self.key_dtype, (), "keys")
         value_rows = np.zeros((len(key_rows), *self.value_shape), self.value_dtype)
         if len(key_rows) == 0:
             return value_rows
@@ -224,18 +238,19 @@ cdef class Map(Descriptor):
         cdef bytearray first = bytearray(self.key_dtype.itemsize + 8), second = bytearray(self.key_dtype.itemsize + 8)
         cdef char *position = first
         cdef char *following = second
-        cdef uint8_t[::1] key
-        cdef uint8_t[::1] value
+        cdef uint8_t[:, ::1] key
+        cdef uint8_t[:, ::1] value
         cdef bint started = False
-        key_parts, value_parts = [], []
+        if self.key_dtype.itemsize == 0:
+            raise ValueError(f"map {self._name} has no keys")
+        keys, values = [], []  # as bytes: concatenating rows of a struct dtype would lose its padding
         while True:
-            key_rows = np.zeros(room, self.key_dtype)
-            value_rows = np.zeros((room, *self.value_shape), self.value_dtype)
-            key, value = key_rows.view(np.uint8), value_rows.reshape(-1).view(np.uint8)
+            key = np.zeros((room, self.key_dtype.itemsize), np.uint8)
+            value = np.zeros((room, self._value_bytes()), np.uint8)
             count = room
             with nogil:
                 result = bpf_map_lookup_batch(
-                    fd, position if started else NULL, following, &key[0], &value[0], &count, NULL)
+                    fd, position if started else NULL, following, &key[0, 0], &value[0, 0], &count, NULL)
             if result == -ENOTSUPP and not started:
                 return self._items_one_by_one()
             if result == -ENOSPC and room < self.capacity:  # one hash bucket holds more than `room`
@@ -243,35 +258,58 @@ cdef class Map(Descriptor):
                 continue
             if result < 0 and result != -ENOENT:
                 check(result, f"reading map {self.name}")
-            key_parts.append(key_rows[:count])
-            value_parts.append(value_rows[:count])
+            keys.append(np.asarray(key[:count]))
+            values.append(np.asarray(value[:count]))
             if result == -ENOENT:
-                return np.concatenate(key_parts), np.concatenate(value_parts)
+                return self._typed(keys, values)
             started = True
             position, following = following, position
 
     def _items_one_by_one(self):
         cdef int fd = self.alive(), result
-        key = np.zeros(1, self.key_dtype)
-        cdef uint8_t[::1] now = key.view(np.uint8)
+        cdef uint8_t[::1] key = np.zeros(self.key_dtype.itemsize, np.uint8)
+        cdef uint8_t[::1] value = np.zeros(self._value_bytes(), np.uint8)
         cdef bint started = False
-        keys = []
+        keys, values = [], []
         while True:
             with nogil:
-                result = bpf_map_get_next_key(fd, &now[0] if started else NULL, &now[0])
+                result = bpf_map_get_next_key(fd, &key[0] if started else NULL, &key[0])
             if result == -ENOENT:
-                break
+                return self._typed(keys, values)
             check(result, f"reading map {self.name}")
             started = True
-            keys.append(key.copy())
-        found = np.concatenate(keys) if keys else key[:0]
-        return found, self.lookup(found)
+            with nogil:
+                result = bpf_map_lookup_elem(fd, &key[0], &value[0])
+            if result == -ENOENT:  # an empty slot of a SOCKMAP, or deleted meanwhile
+                continue
+            check(result, f"reading map {self.name}")
+            keys.append(np.array(key)[None])
+            values.append(np.array(value)[None])
+
+    def _value_bytes(self):
+        return self.value_dtype.itemsize * int(np.prod(self.value_shape, dtype=int))
+
+    def _typed(self, keys, values):
+        """Lists of byte rows as the arrays of keys and values."""
+        key_bytes = np.concatenate([np.zeros((0, self.key_dtype.itemsize), np.uint8), *keys])
+        value_bytes = np.concatenate([np.zeros((0, self._value_bytes()), np.uint8), *values])
+        return (key_bytes.view(self.key_dtype)[:, 0],
+                value_bytes.view(self.value_dtype).reshape(len(value_bytes), *self.value_shape))
 
     def __getitem__(self, key):
         return self.lookup([key] if not isinstance(key, np.ndarray) else key.reshape(1))[0]
 
     def __len__(self):
         return len(self.items()[0])
+
+
+cdef _fill(target, source):
+    """Assign field by field, so that nothing is written between the fields."""
+    if target.dtype.names is None:
+        target[...] = source
+    else:
+        for name in target.dtype.names:
+            _fill(target[name], source[name])
 
 
 cdef _sized(dtype, uint32_t size, uint32_t stride):
@@ -281,9 +319,9 @@ cdef _sized(dtype, uint32_t size, uint32_t stride):
     dtype = np.dtype(f"V{size}") if dtype is None else np.dtype(dtype)
     if dtype.itemsize != size:
         raise ValueError(f"dtype {dtype} has {dtype.itemsize} bytes, the map has {size}")
-    if stride == size:
+    if stride == size and dtype.subdtype is None:
         return dtype
-    if dtype.names is None:
+    if dtype.names is None:  # numpy cannot pad a scalar, and would take an array apart
         dtype = np.dtype([("value", dtype)])
     return np.dtype({"names": list(dtype.names), "formats": [dtype.fields[name][0] for name in dtype.names],
                      "offsets": [dtype.fields[name][1] for name in dtype.names], "itemsize": stride})

@@ -5,7 +5,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from fastrecv._bpf.links import Link, program_info_of
+from fastrecv._bpf.links import program_info_of, take_link
 
 from fastrecv._bpf.handle cimport Descriptor, check, error, forget_log
 from fastrecv._bpf.layout cimport section_type
@@ -50,7 +50,7 @@ cdef class Object:
     """One compiled BPF object file: `set` its variables, `load`, then use its programs and maps.
 
     data : bytes, the ELF file. name : what the kernel and messages call it.
-    Programs and maps belong to the object; using them after close() is a ValueError.
+    Programs and maps belong to the object; using them after close() is a ValueError. Not for two threads at a time.
     """
 
     def __cinit__(self, bytes data not None, str name not None):
@@ -73,7 +73,7 @@ cdef class Object:
             program = bpf_object__next_program(self.ptr, program)
             if program == NULL:
                 break
-            found = Program()
+            found = Program.__new__(Program)
             (<Program>found).owner, (<Program>found).ptr = self, program
             self.programs[bpf_program__name(program).decode()] = found
         while True:
@@ -99,6 +99,7 @@ cdef class Object:
         with nogil:
             result = bpf_object__load(self.ptr)
         check(result, f"loading BPF object {self.name}")
+        forget_log()
         self.loaded = True
         self.share_variables()
         return self
@@ -143,15 +144,17 @@ cdef class Object:
             variable = self.variable(name)
             if variable.constant and self.loaded:
                 raise ValueError(f"{name} of {self.name} is constant once the object is loaded")
-            raw = np.array(value, variable.dtype).tobytes()
-            if len(raw) != variable.dtype.itemsize:
+            array = np.array(value, variable.dtype.base)
+            if array.shape != variable.dtype.shape:
                 raise ValueError(f"{name} of {self.name} takes one value of {variable.dtype}")
+            raw = array.tobytes()
             memcpy(variable.place, <const char *>raw, len(raw))
 
     def get(self, str name not None):
-        """The present value of a global variable, as a numpy scalar (a copy)."""
+        """The present value of a global variable, as a numpy scalar or array (a copy)."""
         cdef _Variable variable = self.variable(name)
-        return np.frombuffer((<const char *>variable.place)[:variable.dtype.itemsize], variable.dtype)[0]
+        raw = (<const char *>variable.place)[:variable.dtype.itemsize]
+        return np.frombuffer(raw, variable.dtype.base).reshape(variable.dtype.shape)[()]
 
     def close(self):
         if self.ptr != NULL:
@@ -186,6 +189,9 @@ cdef bpf_map *map_named(Object owner, str name) except NULL:
 cdef class Program(Descriptor):
     """One program of an Object; its descriptor belongs to the object."""
 
+    def __init__(self):
+        raise TypeError("programs are found in Object.programs")
+
     cdef int alive(self) except -1:
         self.owner.alive()
         if not self.owner.loaded:
@@ -217,7 +223,7 @@ cdef class Program(Descriptor):
         opts.flags = flags
         with nogil:
             result = bpf_link_create(fd, target, kind, &opts)
-        return Link(check(result, f"attaching program {self.name} to {where}"))
+        return take_link(check(result, f"attaching program {self.name} to {where}"))
 
     def run(self, const uint8_t[::1] data=None, const uint8_t[::1] context=None, unsigned int room=0, int repeat=1):
         """BPF_PROG_TEST_RUN: run the program `repeat` times on a packet and/or a context, away from any traffic.
@@ -228,6 +234,8 @@ cdef class Program(Descriptor):
         cdef bpf_test_run_opts opts
         cdef int fd = self.alive(), result
         cdef bytearray packet = bytearray(room), after = bytearray(0 if context is None else context.shape[0])
+        if repeat < 1:  # the kernel would take a negative number for a huge one
+            raise ValueError(f"repeat must be at least 1, not {repeat}")
         memset(&opts, 0, sizeof(opts))
         opts.sz = sizeof(opts)
         opts.repeat = repeat
@@ -253,6 +261,8 @@ cdef class Program(Descriptor):
         cdef bpf_test_run_opts opts
         cdef xdp_md context
         cdef int fd = self.alive(), result
+        if repeat < 1 or frame.shape[0] == 0:
+            raise ValueError(f"a frame of {frame.shape[0]} bytes cannot be sent {repeat} times")
         memset(&opts, 0, sizeof(opts))
         memset(&context, 0, sizeof(context))
         context.data_end = <uint32_t>frame.shape[0]

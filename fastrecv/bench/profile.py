@@ -7,18 +7,15 @@ run-time statistics).
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
 import tempfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 from fastrecv.bench.floods import XDP_PASS
 from fastrecv.bench.results import Gate, ProgramRun, Share
-from fastrecv.bench.stage import Row, Stage, pinned
+from fastrecv.bench.stage import Row, Stage, flowing, pinned
 from fastrecv.bpf import Statistics
 
 __all__ = ["PROFILED", "ProfileError", "choose_event", "runs", "shares"]
@@ -51,11 +48,12 @@ def choose_event() -> str:
 
 
 def shares(stage: Stage, event: str, seconds: float) -> None:
-    """Sample each row for `seconds` while the flood goes on, and note its share."""
+    """Sample each row for `seconds` while the flood goes on, and note its share; perf itself stays off that CPU."""
+    others = os.sched_getaffinity(0) - {stage.cpu}
     for row in _profiled(stage):
         with tempfile.TemporaryDirectory() as folder:
             data = f"{folder}/perf.data"
-            with row.attach(), _flooding(stage):
+            with row.attach(), flowing(stage, XDP_PASS, _BURST), pinned(*(others or {stage.cpu})):
                 # BPF symbols are in kallsyms; asking for BPF events would cost a second more.
                 recorded = _perf(
                     "record", "-q", "--no-bpf-event", "-e", event, "-F", str(_HERTZ), "-C", str(stage.cpu), "-g",
@@ -105,27 +103,6 @@ def runs(stage: Stage) -> Gate:
 
 def _profiled(stage: Stage) -> list[Row]:
     return [row for row in stage.rows if row.program is not None or row.configuration.name in PROFILED]
-
-
-@contextlib.contextmanager
-def _flooding(stage: Stage) -> Iterator[None]:
-    """Inject without a pause from a thread of its own on the pinned CPU; perf itself stays off that CPU."""
-    stop = threading.Event()
-
-    def send() -> None:
-        with pinned(stage.cpu), stage.lab.host:
-            while not stop.is_set():
-                stage.source.send(XDP_PASS, _BURST)
-
-    thread = threading.Thread(target=send, name="fastrecv-source")
-    thread.start()
-    others = os.sched_getaffinity(0) - {stage.cpu}
-    try:
-        with pinned(*(others or {stage.cpu})):
-            yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _perf(*arguments: str) -> subprocess.CompletedProcess[str]:

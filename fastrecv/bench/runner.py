@@ -16,10 +16,10 @@ from fastrecv.bench.stage import Plan, Stage, open_stage, refuse_foreign_program
 
 __all__ = ["NEEDS", "run"]
 
+_FIRST = ("network namespaces", "expedited RCU grace periods")
 NEEDS = (
-    "network namespaces",
+    *_FIRST,
     "veth devices",
-    "expedited RCU grace periods",
     "enumeration of BPF links",
     "sk_lookup programs",
     "UDP sockets in a SOCKMAP",
@@ -36,9 +36,18 @@ def run(plan: Plan, on_progress: Callable[[str, Stage | None], None]) -> Result:
     on_progress : called with what is going on ("udp4", "udp4 profile") and, after every block, the Stage.
     NotSupported when the kernel or the privileges lack something, ForeignProgramError when a baseline is not to be had.
     """
-    for name in NEEDS:
+    for name in _FIRST:
         features.check(name)
-    refuse_foreign_programs()
+    with (
+        quick_grace_periods()
+    ):  # first of all: it locks out a second bench, whose probes would look like foreign programs
+        for name in NEEDS:
+            features.check(name)
+        refuse_foreign_programs()
+        return _run(plan, on_progress)
+
+
+def _run(plan: Plan, on_progress: Callable[[str, Stage | None], None]) -> Result:
     known = environment.record()
     result = Result(
         kind=plan.kind,
@@ -58,15 +67,14 @@ def run(plan: Plan, on_progress: Callable[[str, Stage | None], None]) -> Result:
             event = profile.choose_event()
         except profile.ProfileError as error:
             result.warnings.append(str(error))
-    with quick_grace_periods():
-        for name in plan.floods:
-            on_progress(name, None)
-            flood = sampler.measure(FLOODS[name], plan, lambda stage: on_progress(stage.flood.name, stage))
-            result.floods.append(flood)
-            if flood.gates[-1].passed and plan.profiled:
-                on_progress(f"{name} profile", None)
-                _profile(flood, plan, event, result)
-            stats.summarise(flood)
+    for name in plan.floods:
+        on_progress(name, None)
+        flood = sampler.measure(FLOODS[name], plan, lambda stage: on_progress(stage.flood.name, stage))
+        result.floods.append(flood)
+        if flood.gates[-1].passed and plan.profiled:
+            on_progress(f"{name} profile", None)
+            _profile(flood, plan, event, result)
+        stats.summarise(flood)
     result.warnings[:0] = environment.warn_about_host(known)
     result.warnings += environment.warn_about_floods(result.floods)
     return result

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 from fastrecv.bench import floods
 from fastrecv.bench.floods import XDP_DROP, XDP_PASS, XDP_TX
 from fastrecv.bench.results import Flood, Gate
-from fastrecv.bench.stage import Plan, Row, Stage, configurations, open_stage, pinned, refuse_foreign_programs
+from fastrecv.bench.stage import Plan, Row, Stage, configurations, flowing, open_stage, pinned, refuse_foreign_programs
 
 __all__ = ["OnBlock", "measure"]
 
@@ -125,7 +123,7 @@ def _wire(stage: Stage, blocks: Iterator[Row]) -> None:
     source, counter, lab = stage.source, stage.counter, stage.lab
     for row in blocks:
         counted, frames = counter.read(), source.frames
-        with row.attach(), _flowing(stage):
+        with row.attach(), flowing(stage, XDP_TX, _WIRE_BURST):
             time.sleep(_WIRE_WARMUP)
             began, before = time.monotonic(), lab.received()
             time.sleep(_WIRE_WINDOW)
@@ -133,31 +131,6 @@ def _wire(stage: Stage, blocks: Iterator[Row]) -> None:
         row.configuration.ns.append(1e9 * passed / max(packets, 1))
         row.configuration.counted.append(counter.read() - counted)
         row.configuration.sent.append(source.frames - frames)
-
-
-@contextlib.contextmanager
-def _flowing(stage: Stage) -> Iterator[None]:
-    """The source sends from its own thread on the pinned CPU; on leaving, all it sent has been received."""
-    stop = threading.Event()
-    failures: list[BaseException] = []
-
-    def send() -> None:
-        try:
-            with pinned(stage.cpu), stage.lab.far:
-                while not stop.is_set():
-                    stage.source.send(XDP_TX, _WIRE_BURST)
-        except BaseException as error:  # handed to the thread that waits
-            failures.append(error)
-
-    thread = threading.Thread(target=send, name="fastrecv-source")
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 def _steal_ticks(cpu: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from functools import partial
 from typing import Literal
 
 from fastrecv.bench import floods
-from fastrecv.bench.floods import FLOODS, Counter, Source, open_sink
+from fastrecv.bench.floods import FLOODS, XDP_TX, Counter, Source, open_sink
 from fastrecv.bench.lab import Lab
 from fastrecv.bench.programs import PROGRAMS, selects
 from fastrecv.bench.results import Configuration, Flood
@@ -26,6 +27,7 @@ __all__ = [
     "SelectionError",
     "Stage",
     "configurations",
+    "flowing",
     "open_stage",
     "pinned",
     "refuse_foreign_programs",
@@ -116,6 +118,34 @@ def _attached(program: Program, namespace: Namespace) -> Iterator[None]:
     with program.attach_netns(namespace.fd) as link:
         yield
         link.detach()  # at once; closing alone may leave it to a worker of the kernel
+
+
+@contextlib.contextmanager
+def flowing(stage: Stage, verdict: int, burst: int) -> Iterator[None]:
+    """The source sends without a pause, `burst` frames a call, from its own thread on the pinned CPU.
+
+    On leaving, all that it sent has been received.
+    """
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def send() -> None:
+        try:
+            with pinned(stage.cpu), stage.lab.far if verdict == XDP_TX else stage.lab.host:
+                while not stop.is_set():
+                    stage.source.send(verdict, burst)
+        except BaseException as error:  # handed to the thread that waits
+            failures.append(error)
+
+    thread = threading.Thread(target=send, name="fastrecv-source")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 def configurations(plan: Plan) -> list[Configuration]:

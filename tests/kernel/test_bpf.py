@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from errno import E2BIG, ENODEV, ENOENT, ENOSPC
+from errno import E2BIG, EEXIST, ENODEV, ENOENT, ENOSPC
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +34,15 @@ MAP(per_cpu, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct odd, 4);
 MAP(small, BPF_MAP_TYPE_HASH, __u32, __u32, 2);
 struct { __uint(type, BPF_MAP_TYPE_LPM_TRIE); __uint(map_flags, BPF_F_NO_PREALLOC); __uint(max_entries, 100000);
   __type(key, __u64); __type(value, __u32); } trie SEC(".maps");
+struct padded { __u8 kind; __u32 number; };
+MAP(padded, BPF_MAP_TYPE_HASH, struct padded, struct padded, 1000);
+struct bits { __u32 a:24, b:8; };
+MAP(odd_key, BPF_MAP_TYPE_HASH, struct bits, __u32[4], 10);
+MAP(sockets, BPF_MAP_TYPE_SOCKMAP, __u32, __u64, 8);
+MAP(devices, BPF_MAP_TYPE_DEVMAP, __u32, __u32, 8);
+__u32 several[3];
 struct { __uint(type, BPF_MAP_TYPE_QUEUE); __uint(max_entries, 4); __uint(value_size, 4); } queue SEC(".maps");
-SEC("xdp") int keep(struct xdp_md *ctx) { return bpf_map_lookup_elem(&table, &(struct key){}) ? 1 : 2; }
+SEC("xdp") int keep(struct xdp_md *ctx) { return bpf_map_lookup_elem(&table, &(struct key){}) ? 1 : several[1]; }
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
 """
 
@@ -92,6 +99,68 @@ def test_100_000_entries_go_in_come_out_and_go_away_in_one_call_each(maps: Objec
 
 
 def test_a_map_without_batches_is_served_one_by_one(maps: Object) -> None:
+    devices = maps.maps["devices"]
+    devices.update([5, 3, 0], [1, 1, 1])  # lo
+    assert devices.lookup([3, 5]).tolist() == [1, 1]
+    keys, values = devices.items()
+    assert (keys.tolist(), values.tolist()) == ([0, 3, 5], [1, 1, 1])
+    devices.delete([0, 5])
+    assert devices.items()[0].tolist() == [3]
+    with pytest.raises(BpfError, match="entry 1 of 2"):
+        devices.update([1, 2], [1, 1 << 30])
+
+
+def test_an_empty_sockmap_has_no_items(maps: Object) -> None:
+    sockets = maps.maps["sockets"]
+    assert len(sockets) == 0
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sockets.update([3], [sock.fileno()])
+        assert sockets.items()[0].tolist() == [3]
+
+
+def test_padding_never_counts(maps: Object) -> None:
+    """The kernel hashes padding: whatever lies in it in Python must not get there, and must survive items()."""
+    padded = maps.maps["padded"]
+    assert padded.key_dtype.itemsize == 8
+    dirty = np.full(8 * 100, 0xFF, np.uint8).view(padded.key_dtype)
+    dirty["kind"], dirty["number"] = 7, np.arange(100)
+    padded.update(dirty, dirty)
+    assert padded[(7, 42)]["number"] == 42
+    padded.update([(7, 42)], [(1, 1)])
+    assert len(padded) == 100
+    keys, values = padded.items()
+    assert keys.dtype == padded.key_dtype
+    assert values.dtype == padded.value_dtype
+    padded.delete(keys[::2])
+    padded.delete(keys[1::2])
+    assert len(padded) == 0
+
+
+def test_what_numpy_cannot_say_is_opaque_and_an_array_is_a_field(maps: Object) -> None:
+    odd = maps.maps["odd_key"]
+    assert odd.key_dtype == np.dtype("V4")
+    assert odd.value_dtype == np.dtype([("value", "<u4", (4,))])
+    key = np.array([b"\x01\x02\x03\x04"], "V4")
+    values = np.zeros(1, odd.value_dtype)
+    values["value"] = [[1, 2, 3, 4]]
+    odd.update(key, values)
+    assert odd.lookup(key)["value"].tolist() == [[1, 2, 3, 4]]
+    maps.set(several=[7, 8, 9])
+    assert maps.get("several").tolist() == [7, 8, 9]
+    assert maps.programs["keep"].run(bytes(64)).verdict == 8
+
+
+def test_integers_that_do_not_fit_are_refused(maps: Object) -> None:
+    small = maps.maps["small"]
+    with pytest.raises(OverflowError):
+        small.update(np.array([2**32 + 5]), np.array([1]))
+    with pytest.raises(OverflowError):
+        small.update([1], [-1])
+    assert len(small) == 0
+
+
+def test_per_cpu_values_have_a_row_a_cpu(maps: Object) -> None:
     per_cpu = maps.maps["per_cpu"]
     cpus = per_cpu.value_shape[0]
     values = np.zeros((4, cpus), per_cpu.value_dtype)
@@ -126,6 +195,11 @@ def test_flags_of_an_update_are_the_kernels(maps: Object) -> None:
     with pytest.raises(BpfError) as caught:
         small.update(1, 1, flags=2)  # BPF_EXIST
     assert caught.value.errno == ENOENT
+    small.update([1, 2], [10, 20], flags=1)  # BPF_NOEXIST
+    with pytest.raises(BpfError, match="entry 0 of 2") as caught:
+        small.update([1, 2], [11, 21], flags=1)
+    assert caught.value.errno == EEXIST
+    assert small.lookup([1, 2]).tolist() == [10, 20]
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -265,6 +339,27 @@ def test_statistics_count_runs() -> None:
         assert program.info.run_count == 1000
         program.run(bytes(64), repeat=1000)
         assert program.info.run_count == 1000
+
+
+def test_what_cannot_be_run_is_refused() -> None:
+    with bpf.packaged("swallow") as swallow:
+        program = swallow.load().programs["swallow"]
+        for run in (lambda: program.run(bytes(64), repeat=0), lambda: program.run_live(bytes(64), 1, -1),
+                    lambda: program.run_live(b"", 1, 1)):  # fmt: skip
+            with pytest.raises(ValueError, match="repeat must be|cannot be sent"):
+                run()
+        with pytest.raises(BpfError, match="test run"):
+            program.run(bytes(13))  # shorter than an Ethernet header
+    for kind in (bpf.Program, bpf.Map, bpf.Link):
+        with pytest.raises(TypeError, match="found in|come from"):
+            kind()
+    with pytest.raises(TypeError):
+        bpf.Statistics(2)  # type: ignore[call-arg] # must not close descriptor 2 when it goes
+
+
+def test_a_map_without_keys_says_so(maps: Object) -> None:
+    with pytest.raises(ValueError, match="has no keys"):
+        maps.maps["queue"].update([1], [1])
 
 
 def test_live_frames_need_a_device() -> None:
