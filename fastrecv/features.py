@@ -60,6 +60,8 @@ def _failure(name: str) -> tuple[int, str] | None:
         return ENOSYS, f"this is Linux {os.uname().release}"
     try:
         feature.probe()
+    except ImportError as error:
+        return ENOSYS, str(error)
     except OSError as error:
         if error.errno in (EPERM, EACCES):
             return error.errno, "run as root, or grant the privilege"
@@ -127,6 +129,10 @@ def _bpf_statistics() -> None:
     Statistics().close()
 
 
+def _ipv6() -> None:
+    socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
+
+
 def _rcu_expedited() -> None:
     Path("/sys/kernel/rcu_expedited").open("r+").close()
 
@@ -136,6 +142,7 @@ FEATURES = {
     for feature in (
         Feature("network namespaces", (3, 0), "CAP_SYS_ADMIN", _namespace),
         Feature("veth devices", (2, 6), "CAP_NET_ADMIN and CAP_SYS_ADMIN", _veth),
+        Feature("IPv6", (2, 6), "", _ipv6),
         Feature("sk_lookup programs", (5, 9), "CAP_BPF and CAP_NET_ADMIN", _sk_lookup),
         Feature("UDP sockets in a SOCKMAP", (5, 7), "CAP_BPF and CAP_NET_ADMIN", _sockmap),
         Feature("live frames in BPF_PROG_RUN", (5, 18), "CAP_BPF and CAP_NET_ADMIN", _live_frames),

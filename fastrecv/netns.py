@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import warnings
 from typing import Self
 
 __all__ = ["Namespace"]
@@ -28,12 +29,15 @@ class Namespace:
     """A nameless network namespace; `with namespace:` moves the calling thread into it. CAP_SYS_ADMIN."""
 
     def __init__(self) -> None:
+        self.fd = -1
         self._outside = threading.local()
         home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         try:
             _call("unshare", _CLONE_NEWNET)
-            self.fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-            _call("setns", home, _CLONE_NEWNET)
+            try:
+                self.fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+            finally:
+                _call("setns", home, _CLONE_NEWNET)
         finally:
             os.close(home)
 
@@ -43,7 +47,11 @@ class Namespace:
 
     def __enter__(self) -> Self:
         outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        _call("setns", self.fd, _CLONE_NEWNET)
+        try:
+            _call("setns", self.fd, _CLONE_NEWNET)
+        except OSError:
+            os.close(outside)
+            raise
         self._outside.stack = [*getattr(self._outside, "stack", []), outside]
         return self
 
@@ -56,3 +64,8 @@ class Namespace:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            warnings.warn(f"unclosed {type(self).__name__}, fd {self.fd}", ResourceWarning, source=self, stacklevel=2)
+            self.close()

@@ -1,7 +1,8 @@
 """The one door to libbpf; nothing else in fastrecv calls libbpf or bpf(2).
 
-The GIL is released around whatever loads, attaches, runs, or goes through many entries. Privileges: CAP_BPF and CAP_NET_ADMIN (or root) to load and attach,
-CAP_SYS_ADMIN to enumerate. Linux 5.9 for sk_lookup, 5.18 for live test runs.
+The GIL is released around whatever loads, attaches, runs, or goes through many entries. Privileges: CAP_BPF and
+CAP_NET_ADMIN (or root) to load and attach, CAP_SYS_ADMIN to enumerate. Linux 5.9 for sk_lookup, 5.18 for live test
+runs.
 """
 
 from fastrecv._bpf.handle import LIBBPF_VERSION

@@ -5,6 +5,7 @@ Exit codes: 0 measured; 1 a gate failed; 2 usage; 77 a privilege or a kernel fea
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -14,6 +15,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
+from pyroute2.netlink.exceptions import NetlinkError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -44,6 +47,12 @@ def _file(_context: click.Context, _parameter: click.Parameter, value: Path | No
         writable = value.parent.is_dir() and os.access(value if value.exists() else value.parent, os.W_OK)
         if not writable:
             raise click.BadParameter(f"{value} cannot be written")
+    return value
+
+
+def _finite(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number of seconds")
     return value
 
 
@@ -125,6 +134,7 @@ def _measuring(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--seconds",
     type=click.FloatRange(1, 86400),
+    callback=_finite,
     help="For a flood; in wire mode for each of its configurations.  [default: 18; wire: 60]",
 )
 @click.option("--no-profile", is_flag=True, help="Leave out CPU shares (perf) and ns per program run.")
@@ -136,6 +146,9 @@ def bench(context: click.Context, /, **options: Any) -> None:
     All traffic stays in two private network namespaces that the bench makes itself and that end with it.
     """
     if context.invoked_subcommand is not None:
+        given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        if given:
+            raise click.UsageError(f"options of {context.invoked_subcommand} go behind its name")
         return
     wire = options["mode"] == "wire"
     plan = Plan(
@@ -162,7 +175,12 @@ def bench(context: click.Context, /, **options: Any) -> None:
 )
 @click.option("--entries", callback=_sizes, default=_SCALE, show_default=True, help="The sizes, separated by commas.")
 @click.option(
-    "--seconds", type=click.FloatRange(1, 86400), default=_SCALE_SECONDS, show_default=True, help="For each flood."
+    "--seconds",
+    type=click.FloatRange(1, 86400),
+    callback=_finite,
+    default=_SCALE_SECONDS,
+    show_default=True,
+    help="For each flood.",
 )
 @_measuring
 @click.pass_context
@@ -205,18 +223,18 @@ def show(file: Path, report: Path | None, plot: Path | None) -> None:
 
 def _write(result: Result, report: Path | None, plot: Path | None) -> None:
     if report:
-        report.write_text(reporting.render(result))
+        report.write_text(reporting.render(result), encoding="utf-8")
     if plot:
-        plot.write_text(reporting.figure(result))
+        plot.write_text(reporting.figure(result), encoding="utf-8")
 
 
 def _measure(plan: Plan, options: dict[str, Any]) -> int:
     """Run the plan, print the tables, write the files that the options name; the exit code."""
     with _Progress(plan.flood_seconds) as progress:
         result = runner.run(plan, progress)
-    click.echo(tables.render(result))
     if options["json_file"]:
-        results.save(result, options["json_file"])
+        results.save(result, options["json_file"])  # first: nothing that goes wrong with a view may lose it
+    click.echo(tables.render(result))
     _write(result, options["report"], options["plot"])
     return EXIT_GATE if result.failed_gates else 0
 
@@ -297,4 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NotSupported as error:
         click.echo(f"fastrecv.bench: {error}", err=True)
         return EXIT_MISSING
+    except (OSError, NetlinkError) as error:
+        click.echo(f"fastrecv.bench: {error}", err=True)
+        return EXIT_GATE
     return int(code or 0)

@@ -56,6 +56,7 @@ def compare(first: Result, second: Result) -> tuple[list[Comparison], list[str]]
         )
         if a != b
     ]
+    notes.append("an interval speaks of its run alone: repeat each side to see how far a Δ moves between equal runs")
     for name, result in (("first", first), ("second", second)):
         if result.failed_gates:
             notes.append(f"a gate failed in the {name} run: its numbers mean nothing")

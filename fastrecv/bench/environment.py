@@ -65,7 +65,7 @@ def warn_about_floods(floods: list[Flood]) -> list[str]:
         found = [
             (
                 blocks < MIN_BLOCKS,
-                f"only {blocks} blocks, and intervals are rough below {MIN_BLOCKS}: give it more time",
+                f"only {blocks} blocks: nothing is judged below {MIN_BLOCKS}, give it more time",
             ),
             (
                 baseline.pps_sstdev >= 10,

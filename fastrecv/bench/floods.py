@@ -12,6 +12,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from errno import EINTR
 from ipaddress import ip_address
 from types import TracebackType
 from typing import Self
@@ -20,6 +21,7 @@ import numpy as np
 
 from fastrecv.bench.lab import FAR_IP4, FAR_IP6, HOST_IP4, HOST_IP6, Lab
 from fastrecv.bpf import Object, packaged
+from fastrecv.errors import BpfError
 from fastrecv.sockets import drop_everything
 
 __all__ = [
@@ -163,7 +165,12 @@ class Source:
         """
         self._object.set(verdict=verdict)
         ifindex = self._lab.far_index if verdict == XDP_TX else self._lab.host_index
-        return self._program.run_live(self._frame, ifindex, packets)
+        while True:
+            try:
+                return self._program.run_live(self._frame, ifindex, packets)
+            except BpfError as error:
+                if error.errno != EINTR:  # stopped and continued: what was sent is in `frames`, the time is lost
+                    raise
 
     def close(self) -> None:
         self._object.close()
@@ -194,7 +201,9 @@ class Counter:
         return int(values[names.index(self._column)])
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def __enter__(self) -> Self:
         return self

@@ -50,23 +50,27 @@ class Lab:
             raise
 
     def _build(self, wire: bool) -> None:
+        ipv6 = Path("/proc/sys/net/ipv6").is_dir()  # a kernel may be booted without
         self.host, self.far = (self._namespace() for _ in range(2))
         with self.far:
             far_net = self._undo.enter_context(IPRoute())
-            _sysctl("ipv6/conf/default/disable_ipv6", 1)  # silent: what it would send is no part of a flood
+            if ipv6:
+                _sysctl("ipv6/conf/default/disable_ipv6", 1)  # silent: what it would send is no part of a flood
         with self.host:
             _sysctl("ipv4/conf/all/rp_filter", 0)
             _sysctl("ipv4/conf/default/rp_filter", 0)
             _sysctl("ipv4/tcp_syncookies", 2)  # always, as the cover letter had it
-            _sysctl("ipv6/conf/default/accept_dad", 0)
-            _sysctl("ipv6/conf/default/router_solicitations", 0)
+            if ipv6:
+                _sysctl("ipv6/conf/default/accept_dad", 0)
+                _sysctl("ipv6/conf/default/router_solicitations", 0)
             net = self._undo.enter_context(IPRoute())
             net.link("add", ifname="host0", kind="veth", peer={"ifname": "far0", "net_ns_fd": self.far.fd})
         self.host_index, self.host_mac = _device(net, "host0")
         self.far_index, self.far_mac = _device(far_net, "far0")
         net.addr("add", index=self.host_index, address=HOST_IP4, prefixlen=24)
-        net.addr("add", index=self.host_index, address=HOST_IP6, prefixlen=64, flags=IFA_F_NODAD)
-        for address in (FAR_IP4, FAR_IP6):
+        if ipv6:
+            net.addr("add", index=self.host_index, address=HOST_IP6, prefixlen=64, flags=IFA_F_NODAD)
+        for address in (FAR_IP4, FAR_IP6) if ipv6 else (FAR_IP4,):
             net.neigh("add", dst=address, lladdr=self.far_mac.hex(":"), ifindex=self.host_index, state="permanent")
         net.link("set", index=self.host_index, state="up")
         far_net.link("set", index=self.far_index, state="up")
@@ -140,7 +144,7 @@ def quick_grace_periods() -> Iterator[None]:
             raise BenchBusyError("another fastrecv bench is running on this host: wait for it to end") from None
         before = file.read().strip()
         watch = subprocess.Popen(  # noqa: S603 - a constant script and the knob's own value
-            ["/bin/sh", "-c", 'read -r _; echo "$1" >"$0"', str(knob), before],
+            ["/bin/sh", "-c", 'trap "" TERM INT HUP; read -r _; echo "$1" >"$0"', str(knob), before],
             stdin=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C at the terminal is not for it
         )
@@ -148,6 +152,7 @@ def quick_grace_periods() -> Iterator[None]:
             knob.write_text("1\n")
             yield
         finally:
+            knob.write_text(before)
             watch.communicate()
 
 

@@ -8,6 +8,7 @@ run-time statistics).
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -49,6 +50,8 @@ def choose_event() -> str:
 
 def shares(stage: Stage, event: str, seconds: float) -> None:
     """Sample each row for `seconds` while the flood goes on, and note its share; perf itself stays off that CPU."""
+    if not re.search(rf"\b{re.escape(stage.flood.symbol)}$", Path("/proc/kallsyms").read_text(), re.MULTILINE):
+        raise ProfileError(f"this kernel has no function {stage.flood.symbol}: no CPU shares")
     others = os.sched_getaffinity(0) - {stage.cpu}
     for row in _profiled(stage):
         with tempfile.TemporaryDirectory() as folder:

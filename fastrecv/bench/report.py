@@ -6,7 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastrecv.bench import drawing, letter, plots
-from fastrecv.bench.results import Configuration, Flood, Result
+from fastrecv.bench.results import Flood, Result
 from fastrecv.bench.tables import blocks_of
 
 __all__ = ["figure", "findings", "render"]
@@ -70,14 +70,5 @@ def render(result: Result) -> str:
         blocks_of=blocks_of,
         signed=drawing.signed,
         bounds=drawing.bounds,
-        change=_change,
         shares_of=lambda flood: [row for row in flood.configurations if row.share is not None],
     )
-
-
-def _change(flood: Flood, row: Configuration) -> str:
-    """By how many percentage points a row's CPU share differs from the baseline's."""
-    base = flood.row("baseline").share
-    if base is None or row.share is None or row.name == "baseline":
-        return ""
-    return f"{drawing.signed(row.share.percent - base.percent, 2)} pp"

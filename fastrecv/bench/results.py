@@ -124,6 +124,13 @@ class Flood(_Record, kw_only=True):
     def row(self, name: str) -> Configuration:
         return next(row for row in self.configurations if row.name == name)
 
+    def share_change(self, row: Configuration) -> float | None:
+        """By how many percentage points a row's CPU share differs from the baseline's."""
+        base = self.row("baseline").share
+        if base is None or row.share is None or row.name == "baseline":
+            return None
+        return row.share.percent - base.percent
+
     @property
     def noise(self) -> Interval:
         """The A/A row's interval: what this run cannot tell from nothing."""
@@ -165,5 +172,5 @@ def save(result: Result, path: Path) -> None:
 def load(path: Path) -> Result:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Result)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ResultError(f"{path} is not a result of fastrecv.bench: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -43,6 +44,8 @@ def run(plan: Plan, on_progress: Callable[[str, Stage | None], None]) -> Result:
     ):  # first of all: it locks out a second bench, whose probes would look like foreign programs
         for name in NEEDS:
             features.check(name)
+        if any(FLOODS[name].family == socket.AF_INET6 for name in plan.floods):
+            features.check("IPv6")
         refuse_foreign_programs()
         return _run(plan, on_progress)
 
@@ -71,7 +74,7 @@ def _run(plan: Plan, on_progress: Callable[[str, Stage | None], None]) -> Result
         on_progress(name, None)
         flood = sampler.measure(FLOODS[name], plan, lambda stage: on_progress(stage.flood.name, stage))
         result.floods.append(flood)
-        if flood.gates[-1].passed and plan.profiled:
+        if flood.gates[-1].passed:
             on_progress(f"{name} profile", None)
             _profile(flood, plan, event, result)
         stats.summarise(flood)

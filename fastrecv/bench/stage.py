@@ -93,11 +93,13 @@ class ForeignProgramError(RuntimeError):
 def refuse_foreign_programs() -> None:
     """Call while no program of ours is attached: the static key of the hook is one for the whole host."""
     for link in sk_lookup_links().values():
+        if link.netns_inode == 0:  # detached, or its namespace is gone: it no longer holds the key
+            continue
         program = program_info(link.program_id)
         name = program.name if program else "?"
         raise ForeignProgramError(
             f"a foreign sk_lookup program is attached: link {link.id}, program {link.program_id} ({name}), network "
-            f"namespace {link.netns_inode or 'gone'}. It turns the hook on for the whole host, so every baseline would "
+            f"namespace {link.netns_inode}. It turns the hook on for the whole host, so every baseline would "
             "be false: detach it, then run again"
         )
 
@@ -122,10 +124,7 @@ def _attached(program: Program, namespace: Namespace) -> Iterator[None]:
 
 @contextlib.contextmanager
 def flowing(stage: Stage, verdict: int, burst: int) -> Iterator[None]:
-    """The source sends without a pause, `burst` frames a call, from its own thread on the pinned CPU.
-
-    On leaving, all that it sent has been received.
-    """
+    """The source sends without a pause, `burst` frames a call, from its own thread on the pinned CPU."""
     stop = threading.Event()
     failures: list[BaseException] = []
 

@@ -17,7 +17,7 @@ from fastrecv.bench.results import Flood, Gate, Interval, Verdict
 
 __all__ = ["MIN_BLOCKS", "difference", "estimate", "judge", "summarise"]
 
-MIN_BLOCKS = 30  # fewer make a 95 % percentile interval of a median a guess
+MIN_BLOCKS = 12  # of fewer a 99.9 % interval would exclude the truth by chance, so nothing is judged
 _RESAMPLES = 2999
 _WIDE_RESAMPLES = 9999  # the tails of a 99.9 % interval need more
 _MIN_SETUPS = 8
@@ -81,7 +81,7 @@ def judge(delta: Interval, noise: Interval) -> Verdict:
 
 
 def summarise(flood: Flood) -> None:
-    """Fill in what is derived from the windows of a flood, and its A/A gate."""
+    """Fill in what is derived from the windows of a flood, and its A/A gate where there are blocks enough for one."""
     baseline = flood.row("baseline")
     for row in flood.configurations:
         pps = 1e9 / np.asarray(row.ns)
@@ -94,16 +94,18 @@ def summarise(flood: Flood) -> None:
             row.verdict = "source alone"
         elif row is not baseline:
             row.delta = estimate(baseline.ns, row.ns, flood.setups)
+    enough = len(flood.order) >= MIN_BLOCKS
     for row in flood.configurations:
         if row.name == "again":
             row.verdict = "noise floor"
         elif row.delta is not None:
-            row.verdict = judge(row.delta, flood.noise)
-    wide = estimate(baseline.ns, flood.row("again").ns, flood.setups, 0.999, _WIDE_RESAMPLES)
-    flood.gates.append(
-        Gate(
-            name="A/A",
-            passed=not wide.excludes(0),
-            detail=f"baseline against itself: {wide.estimate:+.2f} % [{wide.low:+.2f}, {wide.high:+.2f}] at 99.9 %",
+            row.verdict = judge(row.delta, flood.noise) if enough else "not resolved"
+    if enough:
+        wide = estimate(baseline.ns, flood.row("again").ns, flood.setups, 0.999, _WIDE_RESAMPLES)
+        flood.gates.append(
+            Gate(
+                name="A/A",
+                passed=not wide.excludes(0),
+                detail=f"baseline against itself: {wide.estimate:+.2f} % [{wide.low:+.2f}, {wide.high:+.2f}] at 99.9 %",
+            )
         )
-    )

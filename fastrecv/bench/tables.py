@@ -64,7 +64,7 @@ def flood_tables(flood: Flood) -> str:
 
 
 def _shares(flood: Flood, sampled: list[Configuration]) -> str:
-    base, first = flood.row("baseline").share, sampled[0].share
+    first = sampled[0].share
     assert first is not None
     lines = []
     for row in sampled:
@@ -72,7 +72,7 @@ def _shares(flood: Flood, sampled: list[Configuration]) -> str:
         assert share is not None
         lines.append(
             [row.title, f"{share.percent:.2f} % ± {share.standard_error:.2f}",
-             signed(share.percent - base.percent, 2, " pp") if base and row.name != "baseline" else "",
+             signed(flood.share_change(row), 2, " pp"),
              f"{share.samples:,}",
              *(f"{figure:.2f} %" if (figure := letter.share(series, flood.name, row.name)) is not None else ""
                for series in letter.SERIES)]

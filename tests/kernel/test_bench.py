@@ -81,7 +81,9 @@ def test_wire_mode_loses_nothing_and_reads_the_interface(tmp_path: Path) -> None
     kept = tmp_path / "wire.json"
     done = bench("--flood", "udp6", "--mode", "wire", "--seconds", "1", "--json", str(kept))
     result = results.load(kept)
-    assert "exact counts" in passed(result), done.stdout
+    assert passed(result) == {"exact counts", "one run a packet"}, done.stdout
+    assert done.returncode == 0
+    assert "WARNING: udp6: only 1 blocks: nothing is judged below 12" in done.stdout
     assert result.mode == "wire"
     (flood,) = result.floods
     assert [row.name for row in flood.configurations] == ["baseline", "again", "no-program", "letter", "harness"]
@@ -92,6 +94,7 @@ def test_wire_mode_loses_nothing_and_reads_the_interface(tmp_path: Path) -> None
         assert row.pps_mean < row.sent[0] * 1.05
     inject = tmp_path / "inject.json"
     bench("--flood", "udp6", "--seconds", "1", "--no-profile", "--json", str(inject))
+    assert passed(results.load(inject)) >= {"exact counts", "one run a packet"}
     refused = bench("compare", str(kept), str(inject))
     assert refused.returncode == 2
     assert refused.stderr == "fastrecv.bench: the two results are of different modes: wire and inject\n"
@@ -146,15 +149,16 @@ def test_a_sink_closed_half_way_fails_the_gate(
     kept = tmp_path / "out.json"
 
     def close_the_sink(stage: Stage) -> None:
-        if len(stage.record.order) == 3:
+        if len(stage.record.order) >= 3:
             stage.sink.close()
 
     code = in_process(monkeypatch, close_the_sink, "--flood", flood, "--seconds", "5", "--json", str(kept))
     assert code == 1
     output = capsys.readouterr().out
-    assert f"GATE FAILED: {flood}, exact counts: block 4, baseline: " in output
+    blocks = len(results.load(kept).floods[0].order)  # a block whose numbers mean nothing is the last
+    assert f"GATE FAILED: {flood}, exact counts: block {blocks}, baseline: " in output
     assert "0 in " in output
-    assert len(results.load(kept).floods[0].order) == 4  # the fourth block's numbers meant nothing: no fifth was run
+    assert blocks >= 4
 
 
 def test_a_program_attached_meanwhile_ends_the_run(

@@ -346,12 +346,12 @@ def test_what_cannot_be_run_is_refused() -> None:
         program = swallow.load().programs["swallow"]
         for run in (lambda: program.run(bytes(64), repeat=0), lambda: program.run_live(bytes(64), 1, -1),
                     lambda: program.run_live(b"", 1, 1)):  # fmt: skip
-            with pytest.raises(ValueError, match="repeat must be|cannot be sent"):
+            with pytest.raises(ValueError, match=r"repeat must be|cannot be sent"):
                 run()
         with pytest.raises(BpfError, match="test run"):
             program.run(bytes(13))  # shorter than an Ethernet header
     for kind in (bpf.Program, bpf.Map, bpf.Link):
-        with pytest.raises(TypeError, match="found in|come from"):
+        with pytest.raises(TypeError, match=r"found in|come from"):
             kind()
     with pytest.raises(TypeError):
         bpf.Statistics(2)  # type: ignore[call-arg] # must not close descriptor 2 when it goes

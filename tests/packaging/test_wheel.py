@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from fastrecv.bench.runner import NEEDS
 
 ROOT = Path(__file__).parents[2]
 OBJECTS = {f"fastrecv/objects/{path.name.replace('.c', '.o')}" for path in (ROOT / "bpf").glob("*.bpf.c")}
@@ -72,7 +75,7 @@ def repaired(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def install(folder: Path, wheel: Path) -> Path:
+def install(folder: Path, wheel: Path | str) -> Path:
     """A clean virtual environment with the wheel and what it depends on."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
@@ -118,6 +121,20 @@ def test_the_released_wheel_runs_in_a_clean_environment_with_its_own_libbpf(
                            env=without_clang)  # fmt: skip
     assert bench.returncode == 77  # installed without the extra
     assert bench.stderr == "fastrecv.bench: the bench needs click: pip install 'fastrecv[bench]'\n"
+
+
+@pytest.mark.needs(*NEEDS)
+def test_the_released_wheel_measures(repaired: Path, without_clang: dict[str, str], tmp_path: Path) -> None:
+    python = install(tmp_path / "venv", f"{repaired}[bench]")
+    arguments = ("--flood", "udp4", "--seconds", "1", "--json", "out.json")
+    done = subprocess.run([python, "-m", "fastrecv.bench", *arguments], capture_output=True, text=True, check=False,
+                          cwd=tmp_path, env=without_clang)  # fmt: skip
+    gates = {
+        gate["name"]: gate["passed"] for gate in json.loads((tmp_path / "out.json").read_text())["floods"][0]["gates"]
+    }
+    assert gates["exact counts"], done.stdout
+    assert gates["one run a packet"], done.stdout
+    assert "udp4: UDP, IPv4, zero length" in done.stdout
 
 
 def test_where_libbpf_is_absent_the_import_says_what_to_install(wheel: Path, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ def keep_the_signal_handler() -> Iterator[None]:
         (["--entries", "0"], "0 is not in the range 1<=x<=1000000"),
         (["--sources", "70000"], "70000 is not in the range 1<=x<=64512"),
         (["--seconds", "0"], "not in the range"),
+        (["--seconds", "nan"], "nan is no number of seconds"),
+        (["--json", "x.json", "scale"], "options of scale go behind its name"),
         (["--cpu", "4096"], "CPU 4096 is not one of ["),
         (["--json", "/nonexistent/out.json"], "/nonexistent/out.json cannot be written"),
         (["--report", "/"], "is a directory"),

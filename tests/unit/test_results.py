@@ -12,6 +12,8 @@ from fastrecv.bench.results import Gate, ResultError
 
 from . import results_factory as factory
 
+NOTE = "an interval speaks of its run alone: repeat each side to see how far a Δ moves between equal runs"
+
 
 def test_a_kept_result_comes_back_the_same(tmp_path: Path) -> None:
     made = factory.result()
@@ -19,9 +21,9 @@ def test_a_kept_result_comes_back_the_same(tmp_path: Path) -> None:
     assert results.load(tmp_path / "a.json") == made
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"schema": 2}', "no json"])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"schema": 2}', "no json", "\udcff"])
 def test_what_is_no_result_is_refused_with_its_name(tmp_path: Path, text: str) -> None:
-    (tmp_path / "a.json").write_text(text)
+    (tmp_path / "a.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ResultError, match=r"a\.json is not a result of fastrecv.bench: "):
         results.load(tmp_path / "a.json")
 
@@ -66,7 +68,7 @@ def test_a_change_between_two_runs_is_found() -> None:
     rows, notes = compare.compare(before, after)
     verdicts = {row.row: row.verdict for row in rows}
     assert verdicts == {"again": "noise floor", "letter": "faster", "assign-only": "not resolved"}
-    assert notes == []
+    assert notes == [NOTE]
     change = next(row for row in rows if row.row == "letter").difference
     assert change.low < 100 * (1 / 1.1 - 1 / 1.2) < change.high
 
@@ -78,6 +80,7 @@ def test_what_differs_between_two_runs_is_noted() -> None:
     _, notes = compare.compare(first, second)
     assert notes == [
         "kernels differ: Linux 6.18 | Linux 7.0",
+        NOTE,
         "a gate failed in the second run: its numbers mean nothing",
     ]
 

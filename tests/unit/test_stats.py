@@ -19,7 +19,7 @@ def windows(n: int, mean: float, seed: int, spread: float = 0.05) -> NDArray[np.
 def flood(baseline: NDArray[np.float64], **others: NDArray[np.float64]) -> Flood:
     rows = {"baseline": baseline, "again": windows(len(baseline), 700, 99), **others}
     return Flood(
-        name="udp4", title="t", counter="c", window_packets=1, warmup_packets=0,
+        name="udp4", title="t", counter="c", window_packets=1, warmup_packets=0, order=[[0]] * len(baseline),
         configurations=[Configuration(name=name, title=name, ns=ns.tolist()) for name, ns in rows.items()],
     )  # fmt: skip
 
@@ -135,10 +135,12 @@ def test_the_gate_fails_when_equal_things_differ() -> None:
     assert "baseline against itself" in record.gates[-1].detail
 
 
-def test_a_single_block_is_summarised_without_a_warning() -> None:
-    record = flood(windows(1, 700, 1))
+@pytest.mark.parametrize("blocks", [1, 11])
+def test_of_a_few_blocks_nothing_is_judged(blocks: int) -> None:
+    record = flood(windows(blocks, 700, 1), attached=windows(blocks, 900, 3))
     summarise(record)
-    assert record.configurations[0].pps_sstdev == 0
+    assert record.configurations[2].verdict == "not resolved"
+    assert record.gates == []
 
 
 def test_differences_of_runs_add_their_noise() -> None:
