@@ -137,7 +137,7 @@ def _measuring(command: Callable[..., Any]) -> Callable[..., Any]:
     callback=_finite,
     help="For a flood; in wire mode for each of its configurations.  [default: 18; wire: 60]",
 )
-@click.option("--no-profile", is_flag=True, help="Leave out CPU shares (perf) and ns per program run.")
+@click.option("--no-profile", is_flag=True, help="Leave out the CPU shares (perf); wire mode has none.")
 @_measuring
 @click.pass_context
 def bench(context: click.Context, /, **options: Any) -> None:

@@ -22,8 +22,13 @@ from fastrecv.netns import Namespace
 BENCH = [sys.executable, "-m", "fastrecv.bench"]
 
 
-def bench(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*BENCH, *arguments], capture_output=True, text=True, timeout=timeout, check=False)
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*BENCH, *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+def kept(path: Path, done: subprocess.CompletedProcess[str]) -> results.Result:
+    assert path.exists(), f"nothing was measured (exit {done.returncode}): {done.stderr}"
+    return results.load(path)
 
 
 def passed(result: results.Result) -> set[str]:
@@ -42,7 +47,7 @@ def test_all_floods_with_profile_json_report_and_plot(tmp_path: Path) -> None:
     files = {name: tmp_path / f"out.{name}" for name in ("json", "html", "svg")}
     done = bench("--flood", "all", "--program", "letter,assign-only", "--seconds", "1", "--json", str(files["json"]),
                  "--report", str(files["html"]), "--plot", str(files["svg"]))  # fmt: skip
-    result = results.load(files["json"])
+    result = kept(files["json"], done)
     assert passed(result) >= {"exact counts", "one run a packet"}, done.stdout + done.stderr
     assert done.returncode == (1 if result.failed_gates else 0)
     assert [flood.name for flood in result.floods] == ["udp4", "udp6", "syn4", "syn6"]
@@ -78,9 +83,9 @@ def test_all_floods_with_profile_json_report_and_plot(tmp_path: Path) -> None:
 
 
 def test_wire_mode_loses_nothing_and_reads_the_interface(tmp_path: Path) -> None:
-    kept = tmp_path / "wire.json"
-    done = bench("--flood", "udp6", "--mode", "wire", "--seconds", "1", "--json", str(kept))
-    result = results.load(kept)
+    json_file = tmp_path / "wire.json"
+    done = bench("--flood", "udp6", "--mode", "wire", "--seconds", "1", "--json", str(json_file))
+    result = kept(json_file, done)
     assert passed(result) == {"exact counts", "one run a packet"}, done.stdout
     assert done.returncode == 0
     assert "WARNING: udp6: only 1 blocks: nothing is judged below 12" in done.stdout
@@ -95,13 +100,13 @@ def test_wire_mode_loses_nothing_and_reads_the_interface(tmp_path: Path) -> None
     inject = tmp_path / "inject.json"
     bench("--flood", "udp6", "--seconds", "1", "--no-profile", "--json", str(inject))
     assert passed(results.load(inject)) >= {"exact counts", "one run a packet"}
-    refused = bench("compare", str(kept), str(inject))
+    refused = bench("compare", str(json_file), str(inject))
     assert refused.returncode == 2
     assert refused.stderr == "fastrecv.bench: the two results are of different modes: wire and inject\n"
 
 
 def test_scale_measures_all_sizes_in_the_same_blocks(tmp_path: Path) -> None:
-    kept, report = tmp_path / "scale.json", tmp_path / "scale.html"
+    json_file, report = tmp_path / "scale.json", tmp_path / "scale.html"
     done = bench(
         "scale",
         "--flood",
@@ -111,11 +116,11 @@ def test_scale_measures_all_sizes_in_the_same_blocks(tmp_path: Path) -> None:
         "--seconds",
         "1.5",
         "--json",
-        str(kept),
+        str(json_file),
         "--report",
         str(report),
     )
-    result = results.load(kept)
+    result = kept(json_file, done)
     assert "exact counts" in passed(result), done.stdout
     assert result.kind == "scale"
     rows = [(row.name, row.entries) for row in result.floods[0].configurations if row.entries]
@@ -146,16 +151,16 @@ def in_process(monkeypatch: pytest.MonkeyPatch, disturb: Callable[[Stage], None]
 def test_a_sink_closed_half_way_fails_the_gate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, flood: str
 ) -> None:
-    kept = tmp_path / "out.json"
+    json_file = tmp_path / "out.json"
 
     def close_the_sink(stage: Stage) -> None:
         if len(stage.record.order) >= 3:
             stage.sink.close()
 
-    code = in_process(monkeypatch, close_the_sink, "--flood", flood, "--seconds", "5", "--json", str(kept))
+    code = in_process(monkeypatch, close_the_sink, "--flood", flood, "--seconds", "5", "--json", str(json_file))
     assert code == 1
     output = capsys.readouterr().out
-    blocks = len(results.load(kept).floods[0].order)  # a block whose numbers mean nothing is the last
+    blocks = len(results.load(json_file).floods[0].order)  # a block whose numbers mean nothing is the last
     assert f"GATE FAILED: {flood}, exact counts: block {blocks}, baseline: " in output
     assert "0 in " in output
     assert blocks >= 4
@@ -236,12 +241,12 @@ def test_without_privileges_one_line_and_77() -> None:
 
 
 def test_without_perf_there_are_no_shares_and_a_warning(tmp_path: Path) -> None:
-    kept = tmp_path / "out.json"
+    json_file = tmp_path / "out.json"
     done = subprocess.run(
-        [*BENCH, "--flood", "udp4", "--seconds", "1", "--json", str(kept)],
+        [*BENCH, "--flood", "udp4", "--seconds", "1", "--json", str(json_file)],
         env={**os.environ, "PATH": str(tmp_path)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    result = results.load(kept)
+    result = kept(json_file, done)
     assert done.returncode == (1 if result.failed_gates else 0)
     assert "WARNING: perf is not installed: no CPU shares (Debian: apt install linux-perf)" in done.stdout
     assert result.floods[0].row("letter").share is None
