@@ -27,7 +27,7 @@ class NotSupported(OSError):  # noqa: N818 - names a state of the host, not a mi
     """
 
     def __init__(self, feature: str, requires: str, errno: int, reason: str) -> None:
-        super().__init__(errno, f"{feature} is not available: {reason} (needs {requires})")
+        super().__init__(errno, f"{feature} not available: {reason} (needs {requires})")
         self.feature = feature
         self.requires = requires
 

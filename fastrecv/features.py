@@ -45,7 +45,9 @@ def kernel_version() -> tuple[int, int]:
 
 
 def check(name: str) -> None:
-    """Return when the feature works here; raise NotSupported, with the reason, when it does not."""
+    """Return when the feature (a name in FEATURES) works here; raise NotSupported, with the reason, when not."""
+    if name not in FEATURES:
+        raise ValueError(f"no feature {name!r}: choose from {', '.join(FEATURES)}")
     failure = _failure(name)
     if failure is not None:
         feature = FEATURES[name]

@@ -130,6 +130,8 @@ cdef class Map(Descriptor):
         """`items` as n rows of `dtype`, contiguous, with every byte of padding 0 (the kernel hashes padding too)."""
         if dtype.itemsize == 0:
             raise ValueError(f"map {self._name} has no {what}")
+        if dtype.names and isinstance(items, np.ndarray) and items.dtype.names != dtype.names:
+            raise ValueError(f"{what} of map {self._name} must be of {dtype}, not of {items.dtype}")
         array = np.asarray(items, dtype)
         if dtype.kind in "iu" and isinstance(items, np.ndarray) and not np.array_equal(array, items):
             raise OverflowError(f"{what} of map {self._name} do not all fit into {dtype}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is set up yet: a Ctrl-C while importing just ends it
 try:
     from fastrecv.bench.cli import main
 except ImportError as error:
@@ -13,5 +15,6 @@ except ImportError as error:
         reason = f"the bench needs {error.name}: pip install 'fastrecv[bench]'"
     print(f"fastrecv.bench: {reason}", file=sys.stderr)
     sys.exit(77)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.exit(main())

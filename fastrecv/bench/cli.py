@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastrecv.bench import compare as comparing
-from fastrecv.bench import report as reporting
 from fastrecv.bench import results, runner, stats, tables
 from fastrecv.bench.floods import FLOODS, MAX_SOURCES
 from fastrecv.bench.lab import BenchBusyError
@@ -41,12 +40,20 @@ _SCALE = "1,10,200,1000,10000,100000"
 _SCALE_SECONDS = 40.0
 
 
-def _file(_context: click.Context, _parameter: click.Parameter, value: Path | None) -> Path | None:
+_STDOUT = Path("-")
+
+
+def _file(_context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     """Refuse a file that cannot be written before the measurement, not after it."""
-    if value is not None:
-        writable = value.parent.is_dir() and os.access(value if value.exists() else value.parent, os.W_OK)
-        if not writable:
-            raise click.BadParameter(f"{value} cannot be written")
+    if value is None or (value == _STDOUT and parameter.name == "json_file"):
+        return value
+    try:
+        existed = value.exists()
+        value.open("ab").close()
+        if not existed:
+            value.unlink()
+    except OSError as error:
+        raise click.BadParameter(f"{value} cannot be written: {error.strerror}") from None
     return value
 
 
@@ -95,7 +102,7 @@ def _measuring(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--seed", type=click.IntRange(0), default=1, show_default=True,
                          help="Of the order within blocks and of the rule sets."),
             click.option("--cpu", type=int, callback=_cpu, help="The CPU that takes the flood.  [default: the last]"),
-            click.option("--json", "json_file", type=writable, callback=_file, help="Keep the result and its windows."),
+            click.option("--json", "json_file", type=writable, callback=_file, help="Keep the result; - is stdout."),
             click.option("--report", type=writable, callback=_file, help="Write one self-contained HTML page."),
             click.option("--plot", type=writable, callback=_file, help="Write the main plot as SVG."),
         ]
@@ -135,7 +142,7 @@ def _measuring(command: Callable[..., Any]) -> Callable[..., Any]:
     "--seconds",
     type=click.FloatRange(1, 86400),
     callback=_finite,
-    help="For a flood; in wire mode for each of its configurations.  [default: 18; wire: 60]",
+    help="Of blocks for a flood, profiling on top; wire: for each of its configurations.  [default: 18; wire: 60]",
 )
 @click.option("--no-profile", is_flag=True, help="Leave out the CPU shares (perf); wire mode has none.")
 @_measuring
@@ -202,10 +209,13 @@ def scale(context: click.Context, /, **options: Any) -> None:
 @click.argument("first", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("second", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def compare(first: Path, second: Path, as_json: bool) -> None:
+@click.pass_context
+def compare(context: click.Context, /, first: Path, second: Path, as_json: bool) -> None:
     """Compare two kept results, A.json and B.json: the Δ of each configuration, not absolute rates."""
-    rows, notes = comparing.compare(results.load(first), results.load(second))
+    a, b = results.load(first), results.load(second)
+    rows, notes = comparing.compare(a, b)
     click.echo(comparing.as_json(rows, notes) if as_json else comparing.render(rows, notes))
+    context.exit(EXIT_GATE if a.failed_gates or b.failed_gates else 0)
 
 
 @bench.command()
@@ -222,6 +232,10 @@ def show(file: Path, report: Path | None, plot: Path | None) -> None:
 
 
 def _write(result: Result, report: Path | None, plot: Path | None) -> None:
+    if not report and not plot:
+        return
+    from fastrecv.bench import report as reporting  # noqa: PLC0415 - matplotlib takes its time, and a home directory
+
     if report:
         report.write_text(reporting.render(result), encoding="utf-8")
     if plot:
@@ -230,11 +244,18 @@ def _write(result: Result, report: Path | None, plot: Path | None) -> None:
 
 def _measure(plan: Plan, options: dict[str, Any]) -> int:
     """Run the plan, print the tables, write the files that the options name; the exit code."""
+    json_file = options["json_file"]
+    files = [path for path in (json_file, options["report"], options["plot"]) if path]
+    if len(set(files)) < len(files):
+        raise click.UsageError("the same file is named twice")
     with _Progress(plan.flood_seconds) as progress:
         result = runner.run(plan, progress)
-    if options["json_file"]:
-        results.save(result, options["json_file"])  # first: nothing that goes wrong with a view may lose it
-    click.echo(tables.render(result))
+    if json_file == _STDOUT:
+        click.echo(results.encode(result))
+    else:
+        if json_file:
+            json_file.write_bytes(results.encode(result))  # first: nothing that goes wrong with a view may lose it
+        click.echo(tables.render(result))
     _write(result, options["report"], options["plot"])
     return EXIT_GATE if result.failed_gates else 0
 
@@ -242,18 +263,17 @@ def _measure(plan: Plan, options: dict[str, Any]) -> int:
 class _Progress:
     """A bar on stderr with the running estimate, redrawn between blocks only: nothing runs beside a window.
 
-    Where stderr is no terminal, a line for each pass.
+    Where stderr is no terminal, a line for each pass and one every ten seconds.
     """
-
-    _EVERY = 0.5  # seconds between redraws
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._console = Console(stderr=True)
-        self._bar = Progress(TextColumn("{task.fields[flood]:>12}"), BarColumn(30), TimeElapsedColumn(),
-                             TextColumn("{task.fields[estimate]}"), console=self._console, auto_refresh=False,
+        self._every = 0.5 if self._console.is_terminal else 10.0
+        self._bar = Progress(TextColumn("{task.fields[flood]:>5}"), BarColumn(30), TimeElapsedColumn(),
+                             TextColumn("{task.fields[text]}"), console=self._console, auto_refresh=False,
                              transient=True)  # fmt: skip
-        self._drawn = 0.0
+        self._told = time.monotonic()
 
     def __enter__(self) -> _Progress:
         if self._console.is_terminal:
@@ -264,20 +284,23 @@ class _Progress:
         if self._console.is_terminal:
             self._bar.stop()
 
-    def __call__(self, what: str, stage: Stage | None) -> None:
+    def __call__(self, flood: str, text: str, stage: Stage | None) -> None:
+        """`text` says what begins; or `stage` has one more block behind it."""
         if stage is None:
-            if not self._console.is_terminal:
-                click.echo(f"measuring {what}", err=True)
-                return
-            for task in self._bar.task_ids:
-                self._bar.remove_task(task)
-            self._bar.add_task("", flood=what, estimate="", total=None if "profile" in what else self._seconds)
-            self._bar.refresh()
-        elif self._console.is_terminal and time.monotonic() - self._drawn > self._EVERY:
-            self._bar.update(
-                self._bar.task_ids[0], completed=stage.record.seconds, estimate=_running(stage), refresh=True
-            )
-            self._drawn = time.monotonic()
+            if self._console.is_terminal:
+                for task in self._bar.task_ids:
+                    self._bar.remove_task(task)
+                self._bar.add_task("", flood=flood, text=text, total=self._seconds)
+                self._bar.refresh()
+            else:
+                click.echo(f"{flood}: {text}", err=True)
+        elif time.monotonic() - self._told > self._every:
+            if self._console.is_terminal:
+                done = min(stage.record.seconds, self._seconds)
+                self._bar.update(self._bar.task_ids[0], completed=done, text=_running(stage), refresh=True)
+            else:
+                click.echo(f"{flood}: {_running(stage)}", err=True)
+            self._told = time.monotonic()
 
 
 def _running(stage: Stage) -> str:

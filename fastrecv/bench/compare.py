@@ -45,7 +45,8 @@ def compare(first: Result, second: Result) -> tuple[list[Comparison], list[str]]
     found = list(_rows(first, second))
     if not found:
         raise IncomparableError("the two results have no configuration in common")
-    notes = [
+    notes = [f"{name}: taken {run.started}, fastrecv {run.version}" for name, run in (("A", first), ("B", second))]
+    notes += [
         f"{name} differ: {a} | {b}"
         for name, a, b in (
             ("kernels", first.environment.get("kernel"), second.environment.get("kernel")),
@@ -53,6 +54,9 @@ def compare(first: Result, second: Result) -> tuple[list[Comparison], list[str]]
             ("versions", first.version, second.version),
             ("rule sets", first.prefixes, second.prefixes),
             ("sources", first.sources, second.sources),
+            ("CPUs under flood", first.cpu, second.cpu),
+            ("seconds a flood", *(round(run.floods[0].seconds) for run in (first, second))),
+            ("configurations", *(_names(run) for run in (first, second))),
         )
         if a != b
     ]
@@ -61,6 +65,10 @@ def compare(first: Result, second: Result) -> tuple[list[Comparison], list[str]]
         if result.failed_gates:
             notes.append(f"a gate failed in the {name} run: its numbers mean nothing")
     return found, notes
+
+
+def _names(result: Result) -> str:
+    return ", ".join(row.name for row in result.floods[0].configurations)
 
 
 def _rows(first: Result, second: Result) -> Iterator[Comparison]:

@@ -85,9 +85,8 @@ def signed(value: float, digits: int = 1) -> str:
 
 
 def bounds(interval: Interval) -> str:
-    """`[low, high]`, with a second decimal where the first would hide the width."""
-    digits = 2 if interval.half_width < 0.5 else 1
-    return f"[{signed(interval.low, digits)}, {signed(interval.high, digits)}]"
+    """`[low, high]`."""
+    return f"[{signed(interval.low, 2)}, {signed(interval.high, 2)}]"
 
 
 def standalone(svg: str) -> str:

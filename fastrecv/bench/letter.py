@@ -13,7 +13,7 @@ SERIES = ("v1", "v5")  # the cover letter of v1, the benchmark mail to v5
 
 # Our floods and rows -> the letter's.
 _FLOODS = {"udp4": "udp4", "udp6": "udp6", "syn4": "tcp4", "syn6": "tcp6"}
-_ROWS = {"baseline": "baseline", "no-program": "no_program", "letter": "attached"}
+_ROWS = {"baseline": "baseline", "no-program": "no_program", "letter": "attached", "letter-200": "attached"}
 
 
 @functools.cache

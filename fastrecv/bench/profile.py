@@ -24,6 +24,7 @@ __all__ = ["PROFILED", "ProfileError", "choose_event", "runs", "shares"]
 _HERTZ = 3999  # odd, so that it does not beat with the timer tick
 _BURST = 1 << 13  # frames a call while perf samples: a few ms
 _RUNS = 1 << 14  # program runs to time
+_RUNS_WARMUP = 1 << 11
 
 PROFILED = ("baseline", "no-program")  # the rows sampled beside the attached programs, as in the letter
 
@@ -86,7 +87,7 @@ def runs(stage: Stage) -> Gate:
         if row.program is None:
             continue
         with pinned(stage.cpu), stage.lab.host, row.attach():
-            stage.source.send(XDP_PASS, stage.record.warmup_packets)
+            stage.source.send(XDP_PASS, _RUNS_WARMUP)
             with Statistics():
                 before = row.program.info
                 stage.source.send(XDP_PASS, _RUNS)

@@ -17,8 +17,8 @@ __all__ = [
     "ResultError",
     "Share",
     "Verdict",
+    "encode",
     "load",
-    "save",
 ]
 
 Mode = Literal["inject", "wire"]
@@ -75,8 +75,9 @@ class ProgramRun(_Record, kw_only=True):
 class Configuration(_Record, kw_only=True):
     """One row: a configuration with one window a block.
 
-    ns : mean nanoseconds a packet took, window by window. sent, counted : packets of window and warm-up together, as
-    the source sent them and as the stack's counter saw them. entries : size of the rule set, where it has one.
+    ns : mean nanoseconds a packet took, window by window (in inject mode whole ones, as the kernel gives them).
+    sent, counted : packets of window and warm-up together, as the source sent them and as the stack's counter saw
+    them. entries : size of the rule set, where it has one.
     """
 
     name: str
@@ -165,8 +166,8 @@ class ResultError(ValueError):
     """A file that is no result of this bench."""
 
 
-def save(result: Result, path: Path) -> None:
-    path.write_bytes(msgspec.json.encode(result) + b"\n")
+def encode(result: Result) -> bytes:
+    return msgspec.json.encode(result) + b"\n"
 
 
 def load(path: Path) -> Result:

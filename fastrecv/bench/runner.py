@@ -31,10 +31,13 @@ NEEDS = (
 _SHARE_SECONDS = 1.5  # of sampling a row: some 6,000 samples, a standard error of 0.3 pp at a share of 5 %
 
 
-def run(plan: Plan, on_progress: Callable[[str, Stage | None], None]) -> Result:
+OnProgress = Callable[[str, str, Stage | None], None]
+
+
+def run(plan: Plan, on_progress: OnProgress) -> Result:
     """Measure what the plan says and return the result with everything derived.
 
-    on_progress : called with what is going on ("udp4", "udp4 profile") and, after every block, the Stage.
+    on_progress : called with the flood and what begins with it; after every block with the flood, "" and the Stage.
     NotSupported when the kernel or the privileges lack something, ForeignProgramError when a baseline is not to be had.
     """
     for name in _FIRST:
@@ -50,7 +53,7 @@ def run(plan: Plan, on_progress: Callable[[str, Stage | None], None]) -> Result:
         return _run(plan, on_progress)
 
 
-def _run(plan: Plan, on_progress: Callable[[str, Stage | None], None]) -> Result:
+def _run(plan: Plan, on_progress: OnProgress) -> Result:
     known = environment.record()
     result = Result(
         kind=plan.kind,
@@ -71,11 +74,11 @@ def _run(plan: Plan, on_progress: Callable[[str, Stage | None], None]) -> Result
         except profile.ProfileError as error:
             result.warnings.append(str(error))
     for name in plan.floods:
-        on_progress(name, None)
-        flood = sampler.measure(FLOODS[name], plan, lambda stage: on_progress(stage.flood.name, stage))
+        on_progress(name, "measuring", None)
+        flood = sampler.measure(FLOODS[name], plan, lambda stage: on_progress(stage.flood.name, "", stage))
         result.floods.append(flood)
         if flood.gates[-1].passed:
-            on_progress(f"{name} profile", None)
+            on_progress(name, "sampling the CPU with perf" if event else "counting program runs", None)
             _profile(flood, plan, event, result)
         stats.summarise(flood)
     result.warnings[:0] = environment.warn_about_host(known)

@@ -16,6 +16,7 @@ import pytest
 
 from fastrecv import bpf
 from fastrecv.bench import cli, results, sampler
+from fastrecv.bench.lab import quick_grace_periods
 from fastrecv.bench.stage import Stage
 from fastrecv.netns import Namespace
 
@@ -41,6 +42,8 @@ def passed(result: results.Result) -> set[str]:
 def quiet_host() -> None:
     links = bpf.sk_lookup_links()
     assert not links, f"these tests need a host without sk_lookup programs of others; attached: {links}"
+    with quick_grace_periods():  # refuses beside another bench, in words
+        pass
 
 
 def test_all_floods_with_profile_json_report_and_plot(tmp_path: Path) -> None:
@@ -73,7 +76,7 @@ def test_all_floods_with_profile_json_report_and_plot(tmp_path: Path) -> None:
     assert result.environment["kernel"].startswith("Linux ")
     assert files["html"].read_text().startswith("<!doctype html>")
     assert "<svg" in files["svg"].read_text()[:500]
-    assert "measuring udp4" in done.stderr
+    assert "udp4: measuring\nudp4: sampling the CPU with perf\nudp6: measuring" in done.stderr
 
     again = bench("show", str(files["json"]))
     assert again.stdout == done.stdout
@@ -204,7 +207,7 @@ def test_an_interrupted_run_leaves_nothing(number: signal.Signals, code: int, mo
     """The fixture nothing_left_behind looks for namespaces, links and the RCU knob afterwards."""
     with subprocess.Popen([*BENCH, "--flood", "udp4", "--mode", mode], stderr=subprocess.PIPE, text=True) as child:
         assert child.stderr is not None
-        assert child.stderr.readline() == "measuring udp4\n"
+        assert child.stderr.readline() == "udp4: measuring\n"
         time.sleep(1)
         assert Path("/sys/kernel/rcu_expedited").read_text() == "1\n"
         os.kill(child.pid, number)
@@ -235,7 +238,7 @@ def test_without_privileges_one_line_and_77() -> None:
     assert done.returncode == 77
     assert done.stdout == ""
     assert done.stderr == (
-        "fastrecv.bench: network namespaces is not available: run as root, or grant the privilege "
+        "fastrecv.bench: network namespaces not available: run as root, or grant the privilege "
         "(needs Linux 3.0 and CAP_SYS_ADMIN)\n"
     )
 

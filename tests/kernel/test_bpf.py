@@ -151,6 +151,11 @@ def test_what_numpy_cannot_say_is_opaque_and_an_array_is_a_field(maps: Object) -
     assert maps.programs["keep"].run(bytes(64)).verdict == 8
 
 
+def test_keys_of_another_layout_are_refused(maps: Object) -> None:
+    with pytest.raises(ValueError, match="keys of map padded must be of"):
+        maps.maps["padded"].update(np.zeros(3), np.zeros(3, maps.maps["padded"].value_dtype))
+
+
 def test_integers_that_do_not_fit_are_refused(maps: Object) -> None:
     small = maps.maps["small"]
     with pytest.raises(OverflowError):

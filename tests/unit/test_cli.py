@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastrecv.bench import cli, results
+from fastrecv.bench.results import Gate
 
 from . import results_factory as factory
 
@@ -34,6 +35,8 @@ def keep_the_signal_handler() -> Iterator[None]:
         (["--cpu", "4096"], "CPU 4096 is not one of ["),
         (["--json", "/nonexistent/out.json"], "/nonexistent/out.json cannot be written"),
         (["--report", "/"], "is a directory"),
+        (["--json", "/proc/out.json"], "/proc/out.json cannot be written: No such file"),
+        (["--json", "same.out", "--report", "same.out"], "the same file is named twice"),
         (["scale", "--entries", "10"], "give two or more sizes"),
         (["scale", "--entries", "10,many"], "no list of numbers like 1,10,200"),
         (["scale", "--program", "assign-only"], "'assign-only' is not 'letter'"),
@@ -56,7 +59,7 @@ def test_a_file_that_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_show_and_compare_read_what_was_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept, page, plot = (tmp_path / name for name in ("a.json", "a.html", "a.svg"))
-    results.save(factory.result(), kept)
+    kept.write_bytes(results.encode(factory.result()))
     assert cli.main(["show", str(kept), "--report", str(page), "--plot", str(plot)]) == 0
     assert "letter: as it is" in capsys.readouterr().out
     assert page.read_text().startswith("<!doctype html>")
@@ -70,3 +73,11 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for name in ("compare", "scale", "show", "--flood", "--no-profile"):
         assert name in text
+
+
+def test_comparing_a_run_whose_gate_failed_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = factory.result()
+    made.floods[0].gates.append(Gate(name="exact counts", passed=False, detail=""))
+    (tmp_path / "a.json").write_bytes(results.encode(made))
+    assert cli.main(["compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")]) == 1
+    assert "a gate failed in the first run" in capsys.readouterr().out

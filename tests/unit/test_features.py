@@ -34,7 +34,7 @@ def put(monkeypatch: pytest.MonkeyPatch, kernel: tuple[int, int], error: OSError
 def test_an_old_kernel_is_named_and_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = put(monkeypatch, (99, 1), None)
     with pytest.raises(
-        NotSupported, match=r"x is not available: this is Linux .* \(needs Linux 99.1 and CAP_BPF\)"
+        NotSupported, match=r"x not available: this is Linux .* \(needs Linux 99.1 and CAP_BPF\)"
     ) as caught:
         features.check("x")
     assert (caught.value.feature, caught.value.errno, calls) == ("x", ENOSYS, [])
@@ -64,3 +64,8 @@ def test_every_feature_says_what_it_needs() -> None:
     for name, feature in features.FEATURES.items():
         assert feature.name == name
         assert feature.requires.startswith(f"Linux {feature.kernel[0]}.{feature.kernel[1]}")
+
+
+def test_an_unknown_feature_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="no feature 'nonsense': choose from network namespaces, "):
+        features.check("nonsense")

@@ -12,12 +12,13 @@ from fastrecv.bench.results import Gate, ResultError
 
 from . import results_factory as factory
 
+TAKEN = [f"{name}: taken 2026-11-22T12:00:00Z, fastrecv 0.1.0" for name in "AB"]
 NOTE = "an interval speaks of its run alone: repeat each side to see how far a Δ moves between equal runs"
 
 
 def test_a_kept_result_comes_back_the_same(tmp_path: Path) -> None:
     made = factory.result()
-    results.save(made, tmp_path / "a.json")
+    (tmp_path / "a.json").write_bytes(results.encode(made))
     assert results.load(tmp_path / "a.json") == made
 
 
@@ -29,7 +30,7 @@ def test_what_is_no_result_is_refused_with_its_name(tmp_path: Path, text: str) -
 
 
 def test_a_result_with_an_unknown_field_is_refused(tmp_path: Path) -> None:
-    results.save(factory.result(), tmp_path / "a.json")
+    (tmp_path / "a.json").write_bytes(results.encode(factory.result()))
     document = json.loads((tmp_path / "a.json").read_text())
     document["floods"][0]["surprise"] = 1
     (tmp_path / "a.json").write_text(json.dumps(document))
@@ -68,7 +69,7 @@ def test_a_change_between_two_runs_is_found() -> None:
     rows, notes = compare.compare(before, after)
     verdicts = {row.row: row.verdict for row in rows}
     assert verdicts == {"again": "noise floor", "letter": "faster", "assign-only": "not resolved"}
-    assert notes == [NOTE]
+    assert notes == [*TAKEN, NOTE]
     change = next(row for row in rows if row.row == "letter").difference
     assert change.low < 100 * (1 / 1.1 - 1 / 1.2) < change.high
 
@@ -79,6 +80,7 @@ def test_what_differs_between_two_runs_is_noted() -> None:
     second.floods[0].gates.append(Gate(name="A/A", passed=False, detail=""))
     _, notes = compare.compare(first, second)
     assert notes == [
+        *TAKEN,
         "kernels differ: Linux 6.18 | Linux 7.0",
         NOTE,
         "a gate failed in the second run: its numbers mean nothing",
