@@ -30,7 +30,6 @@ NEEDS = (
 
 _SHARE_SECONDS = 1.5  # of sampling a row: some 6,000 samples, a standard error of 0.3 pp at a share of 5 %
 
-
 OnProgress = Callable[[str, str, Stage | None], None]
 
 
@@ -42,9 +41,7 @@ def run(plan: Plan, on_progress: OnProgress) -> Result:
     """
     for name in _FIRST:
         features.check(name)
-    with (
-        quick_grace_periods()
-    ):  # first of all: it locks out a second bench, whose probes would look like foreign programs
+    with quick_grace_periods():  # first: a second bench is locked out before its probes look like foreign programs
         for name in NEEDS:
             features.check(name)
         if any(FLOODS[name].family == socket.AF_INET6 for name in plan.floods):
@@ -77,10 +74,15 @@ def _run(plan: Plan, on_progress: OnProgress) -> Result:
         on_progress(name, "measuring", None)
         flood = sampler.measure(FLOODS[name], plan, lambda stage: on_progress(stage.flood.name, "", stage))
         result.floods.append(flood)
-        if flood.gates[-1].passed:
+        sound = all(gate.passed for gate in flood.gates)
+        if sound:
             on_progress(name, "sampling the CPU with perf" if event else "counting program runs", None)
             _profile(flood, plan, event, result)
         stats.summarise(flood)
+        if not sound:
+            if name != plan.floods[-1]:
+                result.warnings.append(f"a gate failed in {name}: the floods behind it were not measured")
+            break
     result.warnings[:0] = environment.warn_about_host(known)
     result.warnings += environment.warn_about_floods(result.floods)
     return result

@@ -11,7 +11,17 @@ import numpy as np
 from fastrecv.bench import floods
 from fastrecv.bench.floods import XDP_DROP, XDP_PASS, XDP_TX
 from fastrecv.bench.results import Flood, Gate
-from fastrecv.bench.stage import Plan, Row, Stage, configurations, flowing, open_stage, pinned, refuse_foreign_programs
+from fastrecv.bench.stage import (
+    ForeignProgramError,
+    Plan,
+    Row,
+    Stage,
+    configurations,
+    flowing,
+    open_stage,
+    pinned,
+    refuse_foreign_programs,
+)
 
 __all__ = ["OnBlock", "measure"]
 
@@ -30,7 +40,9 @@ OnBlock = Callable[[Stage], None]
 
 
 def measure(flood: floods.Flood, plan: Plan, on_block: OnBlock) -> Flood:
-    """Measure one flood for the plan's time and leave the gate of exact counts.
+    """Measure one flood for the plan's time and leave the gates of exact counts and of foreign programs.
+
+    ForeignProgramError when there is one before the first block.
 
     The lab is set up afresh every half second or every block: something that is fixed for the life of a set-up (where
     its memory lies?) has been seen to move one side of a comparison by 9 %. No set-up's luck may decide a run.
@@ -45,22 +57,32 @@ def measure(flood: floods.Flood, plan: Plan, on_block: OnBlock) -> Flood:
         configurations=configurations(plan),
     )
     rng = np.random.default_rng(plan.seed)
-    began, wrong = time.monotonic(), ""
-    while record.seconds < plan.flood_seconds and not wrong:
-        before = time.monotonic()
-        with open_stage(record, plan) as stage:
-            serve = max(_SETUP_SECONDS, 3 * (time.monotonic() - before))  # large rule sets take long to load
-            (_wire if plan.wire else _inject)(stage, _blocks(stage, serve, rng, on_block))
-        wrong = _miscount(record)
-        record.seconds = time.monotonic() - began
+    began, wrong, foreign = time.monotonic(), "", ""
+    try:
+        while record.seconds < plan.flood_seconds and not wrong:
+            before = time.monotonic()
+            with open_stage(record, plan) as stage:
+                serve = max(_SETUP_SECONDS, 3 * (time.monotonic() - before))  # large rule sets take long to load
+                (_wire if plan.wire else _inject)(stage, _blocks(stage, serve, rng, on_block))
+            wrong = _miscount(record)
+            record.seconds = time.monotonic() - began
+    except ForeignProgramError as error:
+        if not record.order:
+            raise
+        foreign = str(error)
     found = sum(sum(row.counted) for row in record.configurations)
-    record.gates.append(
+    record.gates += [
+        Gate(
+            name="no foreign program",
+            passed=not foreign,
+            detail=foreign or "no other sk_lookup program on the host at the start of any block",
+        ),
         Gate(
             name="exact counts",
             passed=not wrong,
             detail=wrong or f"{found:,} packets sent to the sink and found in {record.counter}, window by window",
-        )
-    )
+        ),
+    ]
     return record
 
 
@@ -71,13 +93,15 @@ def _blocks(stage: Stage, serve: float, rng: np.random.Generator, on_block: OnBl
     """
     record = stage.record
     began = time.monotonic()
-    record.setups.append(0)
-    while record.setups[-1] == 0 or time.monotonic() - began < serve:
+    first = len(record.order)
+    while len(record.order) == first or time.monotonic() - began < serve:
         refuse_foreign_programs()
         order = rng.permutation(len(stage.rows)).tolist()
         steal = _steal_ticks(stage.cpu)
         for index in order:
             yield stage.rows[index]
+        if len(record.order) == first:
+            record.setups.append(0)
         record.order.append(order)
         record.setups[-1] += 1
         record.steal_ticks.append(_steal_ticks(stage.cpu) - steal)

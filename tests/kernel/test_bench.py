@@ -51,7 +51,7 @@ def test_all_floods_with_profile_json_report_and_plot(tmp_path: Path) -> None:
     done = bench("--flood", "all", "--program", "letter,assign-only", "--seconds", "1", "--json", str(files["json"]),
                  "--report", str(files["html"]), "--plot", str(files["svg"]))  # fmt: skip
     result = kept(files["json"], done)
-    assert passed(result) >= {"exact counts", "one run a packet"}, done.stdout + done.stderr
+    assert passed(result) >= {"no foreign program", "exact counts", "one run a packet"}, done.stdout + done.stderr
     assert done.returncode == (1 if result.failed_gates else 0)
     assert [flood.name for flood in result.floods] == ["udp4", "udp6", "syn4", "syn6"]
     for flood in result.floods:
@@ -89,7 +89,7 @@ def test_wire_mode_loses_nothing_and_reads_the_interface(tmp_path: Path) -> None
     json_file = tmp_path / "wire.json"
     done = bench("--flood", "udp6", "--mode", "wire", "--seconds", "1", "--json", str(json_file))
     result = kept(json_file, done)
-    assert passed(result) == {"exact counts", "one run a packet"}, done.stdout
+    assert passed(result) == {"no foreign program", "exact counts", "one run a packet"}, done.stdout
     assert done.returncode == 0
     assert "WARNING: udp6: only 1 blocks: nothing is judged below 12" in done.stdout
     assert result.mode == "wire"
@@ -169,9 +169,10 @@ def test_a_sink_closed_half_way_fails_the_gate(
     assert blocks >= 4
 
 
-def test_a_program_attached_meanwhile_ends_the_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_program_attached_meanwhile_fails_the_gate_and_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    json_file = tmp_path / "out.json"
     namespace = Namespace()
     with bpf.packaged("decoy") as decoy:
         links: list[bpf.Link] = []
@@ -181,12 +182,16 @@ def test_a_program_attached_meanwhile_ends_the_run(
                 links.append(decoy.programs["decoy"].attach_netns(namespace.fd))
 
         decoy.load()
-        code = in_process(monkeypatch, attach, "--flood", "udp4", "--seconds", "5")
+        code = in_process(monkeypatch, attach, "--flood", "udp", "--seconds", "5", "--json", str(json_file))
         number = links[0].info.id
         links[0].close()
     namespace.close()
     assert code == 1
-    assert f"a foreign sk_lookup program is attached: link {number}, " in capsys.readouterr().err
+    output = capsys.readouterr().out
+    failure = "GATE FAILED: udp4, no foreign program: a foreign sk_lookup program is attached: "
+    assert f"{failure}link {number}, " in output
+    assert "WARNING: a gate failed in udp4: the floods behind it were not measured" in output
+    assert [len(flood.order) for flood in results.load(json_file).floods] == [1]  # what was measured is kept
 
 
 def test_a_foreign_program_is_refused_by_its_id() -> None:
