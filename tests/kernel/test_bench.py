@@ -33,7 +33,7 @@ def kept(path: Path, done: subprocess.CompletedProcess[str]) -> results.Result:
 
 
 def passed(result: results.Result) -> set[str]:
-    """The gates that all floods passed. The A/A gate fails by chance once in hundreds of short runs: it is not asked about."""
+    """The gates that all floods passed. Nobody asks for A/A: once in hundreds of short runs it fails by chance."""
     failed = {gate.name for _, gate in result.failed_gates}
     return {gate.name for flood in result.floods for gate in flood.gates} - failed
 
