@@ -12,7 +12,6 @@ try:
     from fastrecv._bpf import (
         LIBBPF_VERSION,
         LINK_NETNS,
-        LINK_XDP,
         SK_LOOKUP,
         Link,
         LinkInfo,
@@ -36,7 +35,6 @@ except ImportError as error:
 __all__ = [
     "LIBBPF_VERSION",
     "LINK_NETNS",
-    "LINK_XDP",
     "SK_LOOKUP",
     "Link",
     "LinkInfo",

@@ -8,7 +8,6 @@ runs.
 from fastrecv._bpf.handle import LIBBPF_VERSION
 from fastrecv._bpf.links import (
     LINK_NETNS,
-    LINK_XDP,
     SK_LOOKUP,
     Link,
     LinkInfo,
@@ -24,7 +23,6 @@ from fastrecv._bpf.objects import Object, Program, TestRun
 __all__ = [
     "LIBBPF_VERSION",
     "LINK_NETNS",
-    "LINK_XDP",
     "SK_LOOKUP",
     "Link",
     "LinkInfo",

@@ -8,7 +8,6 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 _Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
 
 LIBBPF_VERSION: str
-LINK_XDP: int
 LINK_NETNS: int
 SK_LOOKUP: int
 

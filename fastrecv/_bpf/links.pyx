@@ -28,7 +28,6 @@ from libc.string cimport memset
 LinkInfo = namedtuple("LinkInfo", "id type program_id netns_inode attach_type ifindex")
 ProgramInfo = namedtuple("ProgramInfo", "id name type run_time_ns run_count")
 
-LINK_XDP = BPF_LINK_TYPE_XDP
 LINK_NETNS = BPF_LINK_TYPE_NETNS
 SK_LOOKUP = BPF_SK_LOOKUP
 

@@ -41,7 +41,11 @@ class Row:
     configuration: Configuration
     attach: Callable[[], AbstractContextManager[object]] = nullcontext
     program: Program | None = None
-    harness: bool = False
+
+    @property
+    def harness(self) -> bool:
+        """Whether it measures the source alone: nothing may reach the sink."""
+        return self.configuration.name == "harness"
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Plan:
     """What a run is to measure.
 
     floods : names in FLOODS. programs : (name in PROGRAMS, entries of its rule set), in the order of the rows.
-    seconds : for each flood; in wire mode for each configuration. profiled : with CPU shares and program run times.
+    seconds : for each flood; in wire mode for each configuration. profiled : with CPU shares.
     """
 
     kind: Literal["flood", "scale"]
@@ -187,5 +191,5 @@ def open_stage(record: Flood, plan: Plan) -> Iterator[Stage]:
             if not selects(program, flood, sink):
                 raise SelectionError(f"{configuration.name} does not assign the sink to the packets of {flood.name}")
             rows.append(Row(configuration, partial(_attached, program, lab.host), program))
-        rows.append(Row(harness, lab.swallowing if plan.wire else nullcontext, harness=True))
+        rows.append(Row(harness, lab.swallowing if plan.wire else nullcontext))
         yield Stage(flood, record, lab, sink, source, counter, plan.cpu, rows)
