@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := clang gcc libbpf-dev libc6-dev libelf-dev linux-perf llvm pkg-config python3-dev python3-venv zlib1g-dev
-SOURCES := $(wildcard fastrecv/_bpf/*.pyx fastrecv/_bpf/*.pxd bpf/*.c bpf/*.h)
+SOURCES := $(wildcard fastrecv/_*/*.pyx fastrecv/_*/*.pxd bpf/*.c bpf/*.h)
 
 .DELETE_ON_ERROR:
 .PHONY: bench test lint setup packages wheel microbench sanitize

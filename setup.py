@@ -62,9 +62,11 @@ def extensions() -> list[Extension]:
         "define_macros": [("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
         "extra_compile_args": ["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
     }
+    # The receive core works where libbpf is absent: only the door to libbpf links to it.
     return [
-        Extension(f"fastrecv._bpf.{path.stem}", [str(path)], libraries=["bpf"], **common)
-        for path in sorted(Path("fastrecv/_bpf").glob("*.pyx"))
+        Extension(f"fastrecv.{package}.{path.stem}", [str(path)], libraries=libraries, **common)
+        for package, libraries in {"_recv": [], "_bpf": ["bpf"]}.items()
+        for path in sorted(Path("fastrecv", package).glob("*.pyx"))
     ]
 
 

@@ -1,9 +1,16 @@
-"""fastrecv: a Linux receive front end for Python.
+"""fastrecv: a Linux receive front end for Python."""
 
-So far: BPF through libbpf (`fastrecv.bpf`), what the kernel allows (`fastrecv.features`), and the flood bench
-(`python -m fastrecv.bench`).
-"""
-
+from fastrecv._recv import CONTROL_TRUNCATED, ENDPOINT, TRUNCATED, Batch
 from fastrecv.errors import BpfError, NotSupported
+from fastrecv.receiver import Receiver, Statistics
 
-__all__ = ["BpfError", "NotSupported"]
+__all__ = [
+    "CONTROL_TRUNCATED",
+    "ENDPOINT",
+    "TRUNCATED",
+    "Batch",
+    "BpfError",
+    "NotSupported",
+    "Receiver",
+    "Statistics",
+]

@@ -1,15 +1,202 @@
-"""Opening sockets and setting what Python's socket module has no name for."""
+"""Opening datagram sockets, and setting what Python's socket module has no name for."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import socket
 import struct
+from collections.abc import Iterable
+from errno import EPERM
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Any
 
-__all__ = ["drop_everything"]
+import numpy as np
+from numpy.typing import NDArray
 
-_SO_ATTACH_FILTER = 26  # include/uapi/asm-generic/socket.h
+from fastrecv._recv import ENDPOINT
+
+__all__ = [
+    "Address",
+    "busy_poll",
+    "close",
+    "drop_everything",
+    "drops",
+    "endpoints",
+    "grow_receive_buffer",
+    "incoming_cpu",
+    "join",
+    "leave",
+    "open_datagram",
+    "receive_buffer",
+]
+
+Address = tuple[Any, ...] | str | bytes
+"""(host, port), (host, port, 0, scope), or the path of an AF_UNIX socket (bytes: an abstract name)."""
+
+# include/uapi/asm-generic/socket.h
+_SO_ATTACH_FILTER = 26
+_SO_RCVBUFFORCE = 33
+_SO_BUSY_POLL = 46
+_SO_INCOMING_CPU = 49
+_SO_MEMINFO = 55
+_SO_PREFER_BUSY_POLL = 69
+_SO_BUSY_POLL_BUDGET = 70
+_SK_MEMINFO_DROPS, _SK_MEMINFO_VARS = 8, 9  # include/uapi/linux/sock_diag.h
 _RET_K = 0x06  # BPF_RET | BPF_K, include/uapi/linux/bpf_common.h
+# include/uapi/linux/in.h
+_MCAST = {(True, False): 42, (False, False): 45, (True, True): 46, (False, True): 47}  # (join, with a source)
+_ALL_GROUPS = {4: (socket.IPPROTO_IP, 49), 6: (socket.IPPROTO_IPV6, 29)}  # IP_MULTICAST_ALL, IPV6_MULTICAST_ALL
+
+
+def open_datagram(address: Address, *, reuse_port: bool = False, dual_stack: bool = True) -> socket.socket:
+    """A datagram socket bound to `address`; numeric hosts only, "" is every IPv4 address.
+
+    reuse_port : share the port with other sockets of the same user that say so, too (SO_REUSEPORT, socket(7)).
+    dual_stack : an IPv6 socket takes IPv4 as well, as ::ffff:a.b.c.d (IPV6_V6ONLY off, ipv6(7)).
+    """
+    if isinstance(address, (str, bytes)):
+        family = socket.AF_UNIX
+    else:
+        address = (address[0] or "0.0.0.0", *address[1:])  # noqa: S104 - as documented
+        family = socket.AF_INET6 if _host(address[0]).version == 6 else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        if reuse_port and family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dual_stack)
+        try:
+            sock.bind(address)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot bind to {_shown(address)}: {error.strerror}") from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _shown(address: Address) -> str:
+    if isinstance(address, tuple):
+        return f"{address[0]} port {address[1]}"
+    return repr(address)
+
+
+def _host(host: str) -> IPv4Address | IPv6Address:
+    try:
+        return ip_address(host)
+    except ValueError:
+        raise ValueError(f"{host!r} is no numeric IPv4 or IPv6 address") from None
+
+
+def endpoints(addresses: Iterable[tuple[Any, ...]]) -> NDArray[np.void]:
+    """Socket addresses as an array of ENDPOINT: (host, port) or (host, port, 0, scope), numeric hosts."""
+    rows = []
+    for host, port, *rest in addresses:
+        parsed = _host(host)
+        packed = parsed.packed if isinstance(parsed, IPv6Address) else bytes(10) + b"\xff\xff" + parsed.packed
+        family = socket.AF_INET6 if parsed.version == 6 else socket.AF_INET
+        rows.append((np.frombuffer(packed, np.uint8), port, family, rest[1] if len(rest) > 1 else 0))
+    return np.array(rows, ENDPOINT)
+
+
+def receive_buffer(sock: socket.socket) -> int:
+    """Bytes that may be queued, in the kernel's own account: with its overhead, so twice what was asked for."""
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+
+
+def grow_receive_buffer(sock: socket.socket, size: int) -> int:
+    """Ask for a receive buffer of `size` bytes (SO_RCVBUF, socket(7)); never makes it smaller.
+
+    With CAP_NET_ADMIN (SO_RCVBUFFORCE) it is granted; without, the kernel cuts it to net.core.rmem_max.
+    Returns what `receive_buffer` says now: the kernel doubles what is asked for.
+    """
+    if receive_buffer(sock) < 2 * size:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)
+        except OSError as error:
+            if error.errno != EPERM:
+                raise
+            before = receive_buffer(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+            if receive_buffer(sock) < before:  # cut below what it was
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, before // 2)
+    return receive_buffer(sock)
+
+
+def drops(sock: socket.socket) -> int:
+    """Datagrams that the socket has lost since it was opened: its queue was full, or its filter dropped them.
+
+    SO_MEMINFO, Linux 4.12. A 32-bit counter.
+    """
+    words = sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 4 * _SK_MEMINFO_VARS)
+    return int(struct.unpack(f"{len(words) // 4}I", words)[_SK_MEMINFO_DROPS])
+
+
+def busy_poll(sock: socket.socket, microseconds: int, *, prefer: bool = False, budget: int | None = None) -> None:
+    """Let a waiting receive poll the network card itself for this long (SO_BUSY_POLL, socket(7)).
+
+    prefer : keep the card's interrupts off meanwhile (SO_PREFER_BUSY_POLL, Linux 5.11). budget : packets a poll
+    (SO_BUSY_POLL_BUDGET, Linux 5.11). Raising any of them takes CAP_NET_ADMIN. Worth it only for a device with
+    napi_defer_hard_irqs and gro_flush_timeout set.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, _SO_BUSY_POLL, microseconds)
+    if prefer:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_PREFER_BUSY_POLL, 1)
+    if budget is not None:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_BUSY_POLL_BUDGET, budget)
+
+
+def incoming_cpu(sock: socket.socket, cpu: int) -> None:
+    """Prefer this socket of its reuseport group for packets that were taken on `cpu` (SO_INCOMING_CPU, socket(7))."""
+    sock.setsockopt(socket.SOL_SOCKET, _SO_INCOMING_CPU, cpu)
+
+
+def join(sock: socket.socket, group: str, *, interface: str | int | None = None, source: str | None = None) -> None:
+    """Receive a multicast group, from any source or from one only (RFC 3678).
+
+    interface : name or index; None leaves it to the routing table. What other sockets of this host have joined is not
+    delivered here (IP_MULTICAST_ALL off, ip(7)).
+    """
+    version = _membership(sock, True, group, interface, source)
+    level, name = _ALL_GROUPS[version]
+    sock.setsockopt(level, name, 0)
+
+
+def leave(sock: socket.socket, group: str, *, interface: str | int | None = None, source: str | None = None) -> None:
+    """Undo `join` with the same arguments."""
+    _membership(sock, False, group, interface, source)
+
+
+def _membership(sock: socket.socket, joining: bool, group: str, interface: str | int | None, source: str | None) -> int:
+    """MCAST_{JOIN,LEAVE}[_SOURCE]_GROUP with a struct group_req or group_source_req; the group's IP version."""
+    address = _host(group)
+    if not address.is_multicast:
+        raise ValueError(f"{group} is no multicast group")
+    index = socket.if_nametoindex(interface) if isinstance(interface, str) else interface or 0
+    request = struct.pack("@I4x", index) + _storage(address)
+    if source is not None:
+        sender = _host(source)
+        if sender.version != address.version:
+            raise ValueError(f"the source {source} and the group {group} are of different IP versions")
+        request += _storage(sender)
+    level = socket.IPPROTO_IPV6 if address.version == 6 else socket.IPPROTO_IP
+    try:
+        sock.setsockopt(level, _MCAST[joining, source is not None], request)
+    except OSError as error:
+        verb = "join" if joining else "leave"
+        raise OSError(
+            error.errno, f"cannot {verb} {group} on {interface or 'any interface'}: {error.strerror}"
+        ) from error
+    return address.version
+
+
+def _storage(address: IPv4Address | IPv6Address) -> bytes:
+    """A struct sockaddr_storage: 128 bytes."""
+    if isinstance(address, IPv4Address):
+        return struct.pack("=HH4s120x", socket.AF_INET, 0, address.packed)
+    return struct.pack("=HHI16sI100x", socket.AF_INET6, 0, 0, address.packed, 0)
 
 
 def drop_everything(sock: socket.socket) -> None:
@@ -19,3 +206,12 @@ def drop_everything(sock: socket.socket) -> None:
     """
     program = ctypes.create_string_buffer(struct.pack("HBBI", _RET_K, 0, 0, 0))  # struct sock_filter
     sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(program)))
+
+
+def close(sock: socket.socket) -> None:
+    """Close a socket of this process, and remove its AF_UNIX path, so that the next can bind to it."""
+    path = sock.getsockname() if sock.family == socket.AF_UNIX and sock.fileno() >= 0 else None
+    sock.close()
+    if isinstance(path, str) and path:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # noqa: PTH108 - a name as the kernel keeps it

@@ -1,0 +1,202 @@
+"""Arenas: the memory that datagrams are received into, and the leases that keep it from being overwritten.
+
+An arena is one block of slots, and columns with a row for each datagram. It is leased to one batch at a time. Every view
+of it (numpy array, memoryview, Arrow buffer) holds a reference to the lease, so the interpreter's own reference counts say
+when the last of them is gone; only then does the arena go back to its pool.
+"""
+
+import numpy
+
+cimport cython
+from cpython.buffer cimport PyBuffer_FillInfo
+from fastrecv._recv.linux cimport posix_memalign
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
+
+cdef enum:
+    _PAGE = 4096
+
+ENDPOINT = numpy.dtype([("address", "u1", (16,)), ("port", "u2"), ("family", "u2"), ("scope", "u4")])
+assert ENDPOINT.itemsize == sizeof(Endpoint)
+
+
+cdef int arena_grow(Arena *arena, int rows) noexcept nogil:
+    """Give the columns room for `rows` rows, keeping what the first arena.rows hold; -1 without memory.
+
+    Only for an arena that nobody views: its columns move.
+    """
+    cdef int columns = arena.layout.columns
+    cdef bint destinations = columns & Column.DESTINATIONS
+    # Wide columns first, so that each starts aligned to its items.
+    cdef size_t wide = 8 * (1 + (columns & Column.TIMESTAMPS != 0) + (columns & Column.HARDWARE != 0))
+    cdef size_t endpoints = sizeof(Endpoint) * ((columns & Column.SOURCES != 0) + destinations)
+    cdef size_t paths = sizeof(Path) if columns & Column.PATHS else 0
+    cdef uint8_t *block = <uint8_t *>malloc((wide + endpoints + paths + 4 + 4 * destinations + 1 + 1) * <size_t>rows)
+    cdef Arena old = arena[0]
+    if block == NULL:
+        return -1
+    arena.offsets = <int64_t *>block
+    block = move(block, old.offsets, 8, rows, old.rows)
+    if columns & Column.TIMESTAMPS:
+        arena.timestamps = <int64_t *>block
+        block = move(block, old.timestamps, 8, rows, old.rows)
+    if columns & Column.HARDWARE:
+        arena.hardware = <int64_t *>block
+        block = move(block, old.hardware, 8, rows, old.rows)
+    if columns & Column.SOURCES:
+        arena.sources = <Endpoint *>block
+        block = move(block, old.sources, sizeof(Endpoint), rows, old.rows)
+    if paths:
+        arena.paths = <Path *>block
+        block = move(block, old.paths, sizeof(Path), rows, old.rows)
+    if destinations:
+        arena.destinations = <Endpoint *>block
+        block = move(block, old.destinations, sizeof(Endpoint), rows, old.rows)
+        arena.replies4 = <uint32_t *>block
+        block = move(block, old.replies4, 4, rows, old.rows)
+    arena.lengths = <int32_t *>block
+    block = move(block, old.lengths, 4, rows, old.rows)
+    arena.flags = block
+    block = move(block, old.flags, 1, rows, old.rows)
+    if columns & Column.TOS:
+        arena.tos = block
+        move(block, old.tos, 1, rows, old.rows)
+    arena.room = rows
+    free(old.offsets)  # where the block of all columns begins
+    return 0
+
+
+cdef inline uint8_t *move(uint8_t *to, const void *old, size_t item, int rows, int kept) noexcept nogil:
+    """Copy the kept rows of one column; where the next column begins."""
+    if kept:
+        memcpy(to, old, item * <size_t>kept)
+    return to + item * <size_t>rows
+
+
+cdef Arena *arena_new(const Layout *layout, int64_t size) noexcept nogil:
+    """An arena of `size` bytes of data, its headers pointing at its slots; NULL without memory."""
+    cdef Arena *arena = <Arena *>calloc(1, sizeof(Arena))
+    cdef int i
+    if arena == NULL:
+        return NULL
+    arena.layout = layout[0]
+    arena.size = size
+    # At least one byte and one row each, so that NULL always means that there is no memory.
+    if (
+        posix_memalign(<void **>&arena.data, _PAGE, <size_t>(size if size else 1))
+        or arena_grow(arena, layout.rows if layout.rows else 1) < 0
+    ):
+        arena_free(arena)
+        return NULL
+    if layout.slots == 0:
+        return arena
+    arena.headers = <mmsghdr *>calloc(<size_t>layout.slots, sizeof(mmsghdr))
+    arena.vectors = <iovec *>calloc(<size_t>layout.slots, sizeof(iovec))
+    arena.names = <uint8_t *>calloc(<size_t>layout.slots, <size_t>layout.name_size)
+    # One byte more, so that NULL always means that there is no memory.
+    arena.controls = <uint8_t *>calloc(<size_t>layout.slots * layout.control_size + 1, 1)
+    if arena.headers == NULL or arena.vectors == NULL or arena.names == NULL or arena.controls == NULL:
+        arena_free(arena)
+        return NULL
+    for i in range(layout.slots):
+        arena.vectors[i].iov_base = arena.data + i * layout.stride
+        arena.vectors[i].iov_len = <size_t>layout.slot_size
+        arena.headers[i].msg_hdr.msg_iov = &arena.vectors[i]
+        arena.headers[i].msg_hdr.msg_iovlen = 1
+        arena.headers[i].msg_hdr.msg_name = arena.names + i * layout.name_size
+        if layout.control_size:
+            arena.headers[i].msg_hdr.msg_control = arena.controls + i * layout.control_size
+    arena.used = layout.slots  # none of them has its lengths yet
+    return arena
+
+
+cdef void arena_free(Arena *arena) noexcept nogil:
+    free(arena.data)
+    free(arena.offsets)
+    free(arena.headers)
+    free(arena.vectors)
+    free(arena.names)
+    free(arena.controls)
+    free(arena)
+
+
+cdef class Pool:
+    """The arenas of one receiver: `arenas` made at once, more on demand up to `limit`."""
+
+    def __cinit__(self):
+        self.idle = NULL
+
+    def __init__(self):
+        raise TypeError("pools belong to receivers")
+
+    cdef Arena *take(self) except NULL:
+        cdef Arena *arena
+        if self.idling:
+            self.idling -= 1
+            return self.idle[self.idling]  # the one given back last: its pages are warm
+        if self.made == self.limit:
+            raise BufferError(
+                f"all {self.limit} arenas are held by batches or views of them: release() or copy() one, "
+                "or allow more with max_arenas"
+            )
+        arena = arena_new(&self.layout, self.layout.slots * self.layout.stride)
+        if arena == NULL:
+            raise MemoryError(f"no memory for an arena of {self.layout.slots * self.layout.stride:,} bytes")
+        self.made += 1
+        return arena
+
+    cdef void give(self, Arena *arena) noexcept:
+        self.idle[self.idling] = arena  # has room for `limit`
+        self.idling += 1
+
+    def __dealloc__(self):
+        # Whoever leases an arena holds the pool, so all of them are idle now.
+        while self.idling:
+            self.idling -= 1
+            arena_free(self.idle[self.idling])
+        free(self.idle)
+
+
+cdef Pool new_pool(const Layout *layout, int arenas, int limit):
+    cdef Pool pool = Pool.__new__(Pool)
+    cdef Arena *arena
+    pool.layout = layout[0]
+    pool.limit = limit
+    pool.idle = <Arena **>calloc(<size_t>limit, sizeof(void *))
+    if pool.idle == NULL:
+        raise MemoryError
+    while pool.made < arenas:
+        arena = arena_new(layout, layout.slots * layout.stride)
+        if arena == NULL:
+            raise MemoryError(f"no memory for an arena of {layout.slots * layout.stride:,} bytes")
+        pool.give(arena)
+        pool.made += 1
+    return pool
+
+
+@cython.freelist(8)
+@cython.no_gc
+cdef class Lease:
+    """Keeps one arena from being reused while it lives. As a buffer: all of the arena's data, read-only."""
+
+    def __init__(self):
+        raise TypeError("leases come with batches")
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.arena.data, self.arena.size, 1, flags)
+
+    def __dealloc__(self):
+        if self.arena == NULL:
+            return
+        if self.pool is None:
+            arena_free(self.arena)
+        else:
+            self.pool.give(self.arena)
+
+
+cdef Lease lease(Arena *arena, Pool pool):
+    """Lease `arena` of `pool`; without a pool the arena ends with the lease."""
+    cdef Lease made = Lease.__new__(Lease)
+    made.arena = arena
+    made.pool = pool
+    return made

@@ -1,0 +1,13 @@
+from fastrecv._recv.arena cimport Arena, Endpoint, Lease
+
+
+cdef class Batch:
+    cdef Lease lease  # None once released
+    cdef long long drop_count  # -1: not counted
+    cdef object view  # a memoryview of all data, made when first sliced
+    cdef Arena *alive(self) except NULL
+    cdef int row(self, Py_ssize_t index) except -1
+    cdef object sender(self, int row)
+
+
+cdef Batch new_batch(Lease held, long long drop_count)

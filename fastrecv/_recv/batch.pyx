@@ -1,0 +1,386 @@
+"""Batch: the datagrams of one receive, as numpy views over the arena that they lie in."""
+
+import os
+import socket
+
+import numpy
+
+from fastrecv._recv.arena import ENDPOINT
+
+cimport numpy as cnp
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.ref cimport PyObject, Py_INCREF
+from fastrecv._recv.arena cimport Arena, Endpoint, Layout, Lease, Path, arena_new, lease
+from fastrecv._recv.arrow cimport arrow_export
+from fastrecv._recv.linux cimport AF_INET, AF_INET6, inet_ntop
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
+from libc.string cimport memcmp, memcpy
+
+cnp.import_array()
+
+
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_NewFromDescr(
+        type kind, cnp.dtype dtype, int dimensions, cnp.npy_intp *shape, cnp.npy_intp *strides, void *data, int flags,
+        PyObject *parent,
+    )
+
+
+cdef cnp.dtype _ENDPOINT = ENDPOINT
+cdef cnp.dtype _UINT8 = numpy.dtype(numpy.uint8)
+cdef cnp.dtype _INT32 = numpy.dtype(numpy.int32)
+cdef cnp.dtype _INT64 = numpy.dtype(numpy.int64)
+
+
+cdef object over(Lease held, const void *at, cnp.dtype dtype, Py_ssize_t rows, Py_ssize_t stride):
+    """A read-only array of `rows` items, `stride` bytes apart, which holds the lease."""
+    cdef cnp.npy_intp shape = rows, step = stride
+    Py_INCREF(dtype)  # the call steals one
+    array = PyArray_NewFromDescr(cnp.ndarray, dtype, 1, &shape, &step, <void *>at, 0, NULL)
+    cnp.set_array_base(array, held)
+    return array
+
+
+# Senders are many, hosts are fewer: the text of an address is made once, and found again where it was put last.
+cdef enum:
+    _HOSTS = 256
+cdef uint8_t[_HOSTS][17] _host_keys
+cdef list _hosts = [None] * _HOSTS
+
+
+cdef object host_of(const Endpoint *endpoint):
+    cdef uint8_t[17] key
+    cdef char[46] text  # INET6_ADDRSTRLEN
+    cdef uint32_t low
+    cdef int place
+    memcpy(key, endpoint.address, 16)
+    key[16] = <uint8_t>endpoint.family
+    memcpy(&low, key + 12, 4)
+    place = (low ^ low >> 8 ^ low >> 16 ^ low >> 24) % _HOSTS
+    if memcmp(key, _host_keys[place], 17) == 0:
+        return _hosts[place]
+    if endpoint.family == AF_INET:
+        inet_ntop(AF_INET, endpoint.address + 12, text, sizeof(text))
+    else:
+        inet_ntop(AF_INET6, endpoint.address, text, sizeof(text))
+    host = (<bytes>text).decode("ascii")
+    _hosts[place] = host
+    memcpy(_host_keys[place], key, 17)
+    return host
+
+
+cdef object address_of(const Endpoint *endpoint):
+    """The address as the socket module writes it; None for no address."""
+    if endpoint.family == AF_INET:
+        return host_of(endpoint), endpoint.port
+    if endpoint.family == AF_INET6:
+        return host_of(endpoint), endpoint.port, 0, endpoint.scope
+    return None
+
+
+cdef object path_of(const Path *path):
+    """The same for AF_UNIX: str, or bytes where the name is an abstract one; None for an unnamed socket."""
+    cdef bytes name = path.path[:path.length]
+    if not name:
+        return None
+    if name[0] == 0:
+        return name
+    return os.fsdecode(name.partition(b"\0")[0])
+
+
+cdef class Batch:
+    """Datagrams received together: rows (offset, length) over one arena. Read-only.
+
+    A batch, and every view of it (array, memoryview, Arrow buffer), keeps its arena from being overwritten, for as long
+    as any of them lives. A batch may be kept for ever; what a Receiver does when all of its arenas are held is
+    told there. `release` (or leaving a `with` block) gives up the batch's own hold.
+
+    Columns are arrays of len(batch) rows, made anew on each access: keep what a loop uses in a variable.
+    """
+
+    def __init__(self):
+        raise TypeError("batches come from a Receiver")
+
+    cdef Arena *alive(self) except NULL:
+        if self.lease is None:
+            raise ValueError("the batch has been released")
+        return self.lease.arena
+
+    cdef int row(self, Py_ssize_t index) except -1:
+        cdef int rows = self.alive().rows
+        if index < 0:
+            index += rows
+        if not 0 <= index < rows:
+            raise IndexError(f"no datagram {index} in a batch of {rows}")
+        return <int>index
+
+    def __len__(self):
+        return self.alive().rows
+
+    @property
+    def data(self):
+        """uint8, one-dimensional: the whole arena. Only rows (offset, length) of it have a meaning."""
+        cdef Arena *arena = self.alive()
+        return over(self.lease, arena.data, _UINT8, arena.size, 1)
+
+    @property
+    def offsets(self):
+        """int64: where each datagram begins in `data`."""
+        cdef Arena *arena = self.alive()
+        return over(self.lease, arena.offsets, _INT64, arena.rows, 8)
+
+    @property
+    def lengths(self):
+        """int32: bytes of each datagram that were kept."""
+        cdef Arena *arena = self.alive()
+        return over(self.lease, arena.lengths, _INT32, arena.rows, 4)
+
+    @property
+    def flags(self):
+        """uint8: TRUNCATED, CONTROL_TRUNCATED (recvmsg(2), MSG_TRUNC and MSG_CTRUNC)."""
+        cdef Arena *arena = self.alive()
+        return over(self.lease, arena.flags, _UINT8, arena.rows, 1)
+
+    @property
+    def sources(self):
+        """ENDPOINT: who sent each datagram; None for AF_UNIX (see `source`).
+
+        `address` is 16 bytes in network order, IPv4 as ::ffff:a.b.c.d; `family` is the socket's; `port` is in host
+        order; `scope` is the interface index of a link-local address. IPv4 addresses as numbers:
+        `batch.sources["address"][:, 12:].view(">u4")[:, 0]`.
+        """
+        cdef Arena *arena = self.alive()
+        if arena.sources == NULL:
+            return None
+        return over(self.lease, arena.sources, _ENDPOINT, arena.rows, sizeof(Endpoint))
+
+    @property
+    def destinations(self):
+        """ENDPOINT: where each datagram was sent to; `scope` is the index of the interface it came in by.
+
+        None unless the socket has packet info or original destinations switched on; `port` is 0 without the latter.
+        IP_PKTINFO, IP_RECVORIGDSTADDR: ip(7); IPV6_RECVPKTINFO: ipv6(7).
+        """
+        cdef Arena *arena = self.alive()
+        if arena.destinations == NULL:
+            return None
+        return over(self.lease, arena.destinations, _ENDPOINT, arena.rows, sizeof(Endpoint))
+
+    @property
+    def timestamps(self):
+        """int64: ns since the epoch when the kernel took the datagram, 0 where it says nothing; None: not asked for.
+
+        SO_TIMESTAMPNS: socket(7).
+        """
+        cdef Arena *arena = self.alive()
+        if arena.timestamps == NULL:
+            return None
+        return over(self.lease, arena.timestamps, _INT64, arena.rows, 8)
+
+    @property
+    def hardware_timestamps(self):
+        """int64: ns of the network card's clock, 0 where the card gave none; None: not asked for.
+
+        SOF_TIMESTAMPING_RAW_HARDWARE: Documentation/networking/timestamping.rst.
+        """
+        cdef Arena *arena = self.alive()
+        if arena.hardware == NULL:
+            return None
+        return over(self.lease, arena.hardware, _INT64, arena.rows, 8)
+
+    @property
+    def tos(self):
+        """uint8: type of service or traffic class; the low two bits are ECN (RFC 3168). None: not asked for."""
+        cdef Arena *arena = self.alive()
+        if arena.tos == NULL:
+            return None
+        return over(self.lease, arena.tos, _UINT8, arena.rows, 1)
+
+    @property
+    def drops(self):
+        """How many datagrams the socket's full queue has cost when the last of this batch was queued.
+
+        Counted from the Receiver's beginning. None: not asked for. SO_RXQ_OVFL: socket(7).
+        """
+        self.alive()
+        return None if self.drop_count < 0 else self.drop_count
+
+    def __getitem__(self, Py_ssize_t index):
+        """Datagram `index` as a read-only memoryview."""
+        cdef int row = self.row(index)
+        cdef Arena *arena = self.lease.arena
+        if self.view is None:
+            self.view = memoryview(self.lease)
+        return self.view[arena.offsets[row] : arena.offsets[row] + arena.lengths[row]]
+
+    def source(self, Py_ssize_t index):
+        """Who sent datagram `index`, as socket.recvfrom would say it: (host, port), (host, port, 0, scope), a path."""
+        return self.sender(self.row(index))
+
+    cdef object sender(self, int row):
+        if self.lease.arena.sources != NULL:
+            return address_of(&self.lease.arena.sources[row])
+        return path_of(&self.lease.arena.paths[row])
+
+    def destination(self, Py_ssize_t index):
+        """Where datagram `index` was sent to, in the same manner; None where `destinations` is."""
+        cdef int row = self.row(index)
+        if self.lease.arena.destinations == NULL:
+            return None
+        return address_of(&self.lease.arena.destinations[row])
+
+    def __iter__(self):
+        """(memoryview, source) of every datagram."""
+        cdef int row
+        for row in range(self.alive().rows):
+            yield self[row], self.sender(row)
+
+    def datagrams(self):
+        """(bytes, source) of every datagram: copies, for what wants nothing else."""
+        cdef Arena *arena
+        cdef int row
+        for row in range(self.alive().rows):
+            arena = self.alive()
+            yield PyBytes_FromStringAndSize(<char *>arena.data + arena.offsets[row], arena.lengths[row]), self.sender(row)
+
+    def records(self, dtype, Py_ssize_t offset=0):
+        """The first bytes of every datagram as an array of `dtype`, one item a datagram.
+
+        dtype : anything numpy takes but Python objects. offset : bytes to leave out at each datagram's beginning.
+        Datagrams that are too short are never read past their end: where there are any, the result is a
+        numpy.ma.MaskedArray that masks them (their data is 0). Where rows lie evenly the array is a view of the
+        arena, else a copy. Read-only if it is a view.
+        """
+        cdef Arena *arena = self.alive()
+        cdef cnp.dtype kind = numpy.dtype(dtype)
+        cdef Py_ssize_t size = kind.itemsize, need
+        cdef int row, rows = arena.rows
+        cdef int64_t stride = 0
+        cdef bint even = True
+        cdef int short = 0
+        cdef cnp.ndarray gathered
+        cdef uint8_t *to
+        if kind.hasobject or kind.shape:
+            raise TypeError(f"records cannot be of {kind}: give a dtype without Python objects, not an array of it")
+        if size == 0 or offset < 0:
+            raise ValueError("give a dtype of at least one byte, and an offset of at least 0")
+        need = offset + size
+        if rows > 1:
+            stride = arena.offsets[1] - arena.offsets[0]
+        for row in range(rows):
+            short += arena.lengths[row] < need
+            even &= arena.offsets[row] == arena.offsets[0] + row * stride
+        if even and not short:
+            return over(self.lease, arena.data + (arena.offsets[0] if rows else 0) + offset, kind, rows, stride)
+        gathered = numpy.zeros(rows, kind)
+        to = <uint8_t *>cnp.PyArray_DATA(gathered)
+        for row in range(rows):
+            if arena.lengths[row] >= need:
+                memcpy(to + row * size, arena.data + arena.offsets[row] + offset, <size_t>size)
+        if short:
+            return numpy.ma.MaskedArray(gathered, mask=self.lengths < need)
+        return gathered
+
+    def packed(self, offsets=numpy.int32):
+        """(bytes, offsets): all datagrams one behind the other, and where each begins and ends.
+
+        offsets : numpy.int32 or numpy.int64. Returns uint8 of sum(lengths) items, and len(batch) + 1 offsets. A copy.
+        """
+        cdef Arena *arena = self.alive()
+        kind = numpy.dtype(offsets)
+        if kind not in (_INT32, _INT64):
+            raise TypeError(f"offsets are int32 or int64, not {kind}")
+        bounds = numpy.zeros(arena.rows + 1, numpy.int64)
+        numpy.cumsum(self.lengths, dtype=numpy.int64, out=bounds[1:])
+        if bounds[arena.rows] > numpy.iinfo(kind).max:
+            raise ValueError(f"{bounds[arena.rows]:,} bytes are too many for int32 offsets: take int64")
+        cdef cnp.ndarray together = numpy.empty(bounds[arena.rows], numpy.uint8)
+        pack(arena, <uint8_t *>cnp.PyArray_DATA(together), NULL)
+        return together, bounds.astype(kind, copy=False)
+
+    def copy(self):
+        """The same batch in memory of its own, without gaps: it holds no arena of the Receiver."""
+        cdef Arena *arena = self.alive()
+        cdef Arena *twin
+        cdef Layout layout = arena.layout
+        cdef int64_t size = 0
+        cdef int row
+        for row in range(arena.rows):
+            size += arena.lengths[row]
+        layout.slots = 0
+        layout.rows = arena.rows
+        twin = arena_new(&layout, size)
+        if twin == NULL:
+            raise MemoryError(f"no memory for {size:,} bytes")
+        held = lease(twin, None)
+        pack(arena, twin.data, twin.offsets)
+        twin.rows = arena.rows
+        take(twin.lengths, arena.lengths, sizeof(int32_t), arena.rows)
+        take(twin.flags, arena.flags, 1, arena.rows)
+        take(twin.sources, arena.sources, sizeof(Endpoint), arena.rows)
+        take(twin.paths, arena.paths, sizeof(Path), arena.rows)
+        take(twin.destinations, arena.destinations, sizeof(Endpoint), arena.rows)
+        take(twin.replies4, arena.replies4, sizeof(uint32_t), arena.rows)
+        take(twin.timestamps, arena.timestamps, sizeof(int64_t), arena.rows)
+        take(twin.hardware, arena.hardware, sizeof(int64_t), arena.rows)
+        take(twin.tos, arena.tos, 1, arena.rows)
+        return new_batch(held, self.drop_count)
+
+    def release(self):
+        """Give up the batch's own hold of its arena; views taken from it stay good, and keep theirs."""
+        self.view = None
+        self.lease = None
+
+    def __enter__(self):
+        self.alive()
+        return self
+
+    def __exit__(self, *exception):
+        self.release()
+
+    def arrow(self, bint packed=False):
+        """What Arrow libraries take, over the PyCapsule interface: pyarrow.record_batch(batch.arrow()).
+
+        Columns: payload (binary view, not copied; with `packed` a binary copy), length, source_address,
+        source_port, and whichever of destination_address, destination_port, interface, timestamp,
+        hardware_timestamp, tos there are. A batch itself is taken as batch.arrow() is.
+        """
+        self.alive()
+        return arrow_export(self.lease, packed)
+
+    def __arrow_c_schema__(self):
+        return self.arrow().__arrow_c_schema__()
+
+    def __arrow_c_array__(self, requested_schema=None):
+        return self.arrow().__arrow_c_array__(requested_schema)
+
+    def __arrow_c_stream__(self, requested_schema=None):
+        return self.arrow().__arrow_c_stream__(requested_schema)
+
+    def __repr__(self):
+        if self.lease is None:
+            return "<Batch, released>"
+        return f"<Batch of {self.lease.arena.rows} datagrams>"
+
+
+cdef void pack(const Arena *arena, uint8_t *to, int64_t *offsets) noexcept nogil:
+    """Copy all datagrams one behind the other; `offsets`, where given, says where each begins."""
+    cdef int64_t end = 0
+    cdef int row
+    for row in range(arena.rows):
+        memcpy(to + end, arena.data + arena.offsets[row], <size_t>arena.lengths[row])
+        if offsets != NULL:
+            offsets[row] = end
+        end += arena.lengths[row]
+
+
+cdef inline void take(void *to, const void *column, size_t item, int rows) noexcept nogil:
+    if column != NULL:
+        memcpy(to, column, item * <size_t>rows)
+
+
+cdef Batch new_batch(Lease held, long long drop_count):
+    cdef Batch made = Batch.__new__(Batch)
+    made.lease = held
+    made.drop_count = drop_count
+    return made

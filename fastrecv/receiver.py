@@ -1,0 +1,374 @@
+"""Receiver: what the author of a service holds."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypedDict, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrecv import sockets
+from fastrecv._recv import MAX_BATCH, MAX_SLOT, Batch, Reader, send
+from fastrecv.errors import NotSupported
+from fastrecv.replies import Buffer, Replier
+from fastrecv.sockets import Address
+
+__all__ = ["Features", "Options", "Receiver", "Statistics"]
+
+_MAX_ARENA = (1 << 31) - 1  # bytes: Arrow's binary views have 32-bit offsets
+_MAX_ARENAS = 1 << 20
+
+
+class Features(TypedDict, total=False):
+    """What the kernel may tell with each datagram; off unless asked for.
+
+    timestamps : when the kernel took it (SO_TIMESTAMPNS; Linux 5.1).
+    hardware_timestamps : when the network card did, where the device was told to (SO_TIMESTAMPING; Linux 5.1).
+    destinations : the address it was sent to, and the interface it came in by (IP_PKTINFO).
+    destination_ports : the port, too (IP_RECVORIGDSTADDR), for services behind any-port steering.
+    tos : type of service or traffic class, and with it ECN.
+    drops : how many datagrams the socket's full queue has cost (SO_RXQ_OVFL).
+    gro : let the kernel coalesce datagrams of one flow and size, which are split again here (UDP_GRO; Linux 5.0).
+
+    Each costs a control message a datagram, `gro` one a train. What the socket has switched on already is read back,
+    and comes whether asked for or not.
+    """
+
+    timestamps: bool
+    hardware_timestamps: bool
+    destinations: bool
+    destination_ports: bool
+    tos: bool
+    drops: bool
+    gro: bool
+
+
+class Options(Features, total=False):
+    """All that a Receiver may be asked for: see Receiver and Features."""
+
+    batch_size: int
+    slot_size: int
+    arenas: int
+    max_arenas: int
+
+
+class Statistics(NamedTuple):
+    """Counters of a Receiver since it was made. unanswered : replies that the kernel refused."""
+
+    batches: int
+    datagrams: int
+    bytes: int
+    truncated: int
+    control_truncated: int
+    unanswered: int
+
+
+class _Setting(NamedTuple):
+    """One socket option behind an option of ours. value 0: only looked at, never set."""
+
+    option: str
+    level: int
+    name: int
+    value: int
+    space: int  # bytes of its control message
+    families: tuple[int, ...]
+    requires: str = "Linux 2.6"
+
+
+_UNIX, _IP4, _IP6 = (socket.AF_UNIX,), (socket.AF_INET,), (socket.AF_INET6,)
+_IP = _IP4 + _IP6
+_ALL = _IP + _UNIX
+_RX_HARDWARE = 1 << 2 | 1 << 6  # SOF_TIMESTAMPING_RX_HARDWARE | RAW_HARDWARE, include/uapi/linux/net_tstamp.h
+
+# Numbers from include/uapi: asm-generic/socket.h, linux/in.h, linux/in6.h, linux/udp.h.
+_SETTINGS = (
+    _Setting("timestamps", socket.SOL_SOCKET, 64, 1, 16, _ALL, "Linux 5.1"),  # SO_TIMESTAMPNS_NEW
+    _Setting("timestamps", socket.SOL_SOCKET, 35, 0, 16, _ALL),  # SO_TIMESTAMPNS_OLD
+    _Setting("hardware_timestamps", socket.SOL_SOCKET, 65, _RX_HARDWARE, 48, _IP, "Linux 5.1"),  # SO_TIMESTAMPING_NEW
+    _Setting("hardware_timestamps", socket.SOL_SOCKET, 37, 0, 48, _IP),  # SO_TIMESTAMPING_OLD
+    _Setting("drops", socket.SOL_SOCKET, 40, 1, 4, _ALL),  # SO_RXQ_OVFL
+    _Setting("destinations", socket.IPPROTO_IP, 8, 1, 12, _IP4),  # IP_PKTINFO
+    _Setting("destinations", socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1, 20, _IP6),
+    _Setting("destination_ports", socket.IPPROTO_IP, 20, 1, 16, _IP),  # IP_RECVORIGDSTADDR
+    _Setting("destination_ports", socket.IPPROTO_IPV6, 74, 1, 28, _IP6, "Linux 2.6.37"),  # IPV6_RECVORIGDSTADDR
+    _Setting("tos", socket.IPPROTO_IP, socket.IP_RECVTOS, 1, 1, _IP),
+    _Setting("tos", socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS, 1, 4, _IP6),
+    _Setting("gro", socket.IPPROTO_UDP, 104, 1, 4, _IP, "Linux 5.0"),  # UDP_GRO
+    # Not ours, but where they are on their messages need room beside ours.
+    _Setting("", socket.SOL_SOCKET, 29, 0, 16, _ALL),  # SO_TIMESTAMP
+    _Setting("", socket.SOL_SOCKET, socket.SO_PASSCRED, 0, 12, _UNIX),
+    _Setting("", socket.IPPROTO_IP, 12, 0, 4, _IP),  # IP_RECVTTL
+    _Setting("", socket.IPPROTO_IP, 8, 0, 12, _IP6),  # IP_PKTINFO on a dual-stack socket
+    _Setting("", socket.IPPROTO_IPV6, socket.IPV6_RECVHOPLIMIT, 0, 4, _IP6),
+)
+_COLUMNS = {"timestamps": 2, "hardware_timestamps": 4, "destinations": 8, "destination_ports": 8, "tos": 16}  # Column
+
+
+def _apply(sock: socket.socket, asked: set[str]) -> tuple[set[str], int]:
+    """Set what is asked for and read back what is on: the options, and the bytes of control messages."""
+    on, room = set(), 0
+    for setting in _SETTINGS:
+        wanted = setting.option in asked and setting.value
+        if sock.family not in setting.families:
+            continue
+        try:
+            if wanted:
+                sock.setsockopt(setting.level, setting.name, setting.value)
+            value = sock.getsockopt(setting.level, setting.name)
+        except OSError as error:
+            if wanted:
+                raise NotSupported(setting.option, setting.requires, error.errno or 0, error.strerror or "") from error
+            continue
+        if value:
+            on.add(setting.option)
+            room += socket.CMSG_SPACE(setting.space)
+    on.discard("")
+    for option in sorted(asked - on):
+        raise ValueError(f"{option} cannot be had of a socket of family {socket.AddressFamily(sock.family).name}")
+    return on, room
+
+
+class Receiver:
+    """Receives batches of datagrams from one socket: UDP over IPv4, IPv6 or both, or AF_UNIX.
+
+    Receiver(sock) works on a socket that is open already and stays its owner's: the Receiver has a descriptor of its
+    own for it, so closing one never closes the other. Receiver.bind(address) opens the socket, and closes it.
+
+    Threads may call recv at once; each gets batches of its own. close() wakes them. Needs no privilege.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        /,
+        *,
+        batch_size: int = 64,
+        slot_size: int = 65535,
+        arenas: int = 4,
+        max_arenas: int | None = None,
+        **features: Unpack[Features],
+    ) -> None:
+        """Receive from `sock`.
+
+        batch_size : datagrams of one batch at most, 1 to 1024 (UIO_MAXIOV, recvmmsg(2)).
+        slot_size : bytes kept of a datagram at most. The default truncates no UDP datagram; memory is only touched
+            where datagrams lie. With GRO on it is never less.
+        arenas : how many batches there is memory for from the start. max_arenas : how many more may be made while
+            batches are held; None: as many as `arenas`.
+        """
+        if sock.type != socket.SOCK_DGRAM or sock.family not in _ALL:
+            raise ValueError(f"a Receiver needs a UDP or AF_UNIX datagram socket, not {sock!r}")
+        if unknown := features.keys() - Features.__annotations__:
+            raise TypeError(f"no option {min(unknown)!r}: choose from {', '.join(Options.__annotations__)}")
+        max_arenas = arenas if max_arenas is None else max_arenas
+        _within("batch_size", batch_size, 1, MAX_BATCH)
+        _within("slot_size", slot_size, 1, MAX_SLOT)
+        _within("arenas", arenas, 1, _MAX_ARENAS)
+        _within("max_arenas", max_arenas, arenas, _MAX_ARENAS)
+        on, room = _apply(sock, {feature for feature, value in features.items() if value})
+        if batch_size * (max(slot_size, 65535 if "gro" in on else 0) + 64) > _MAX_ARENA:
+            raise ValueError(
+                f"batch_size {batch_size:,} times slot_size {slot_size:,} is over 2 GiB: lower one of them"
+            )
+        columns = 0
+        for feature in on:
+            columns |= _COLUMNS.get(feature, 0)
+        self._reader = Reader(sock.fileno(), sock.family, batch_size, slot_size, arenas, max_arenas,
+                              room, columns, "gro" in on, "drops" in on)  # fmt: skip
+        self._replier = Replier(sock)
+        self._owned = False
+        self.socket = sock
+        self.features = frozenset(on)
+
+    @classmethod
+    def bind(
+        cls,
+        address: Address,
+        /,
+        *,
+        reuse_port: bool = False,
+        dual_stack: bool = True,
+        receive_buffer: int | None = None,
+        busy_poll: int | None = None,
+        prefer_busy_poll: bool = False,
+        busy_poll_budget: int | None = None,
+        incoming_cpu: int | None = None,
+        **options: Unpack[Options],
+    ) -> Self:
+        """A Receiver on a socket of its own, bound to (host, port) or to the path of an AF_UNIX socket.
+
+        The arguments up to incoming_cpu are those of open_datagram, grow_receive_buffer, busy_poll and incoming_cpu in
+        fastrecv.sockets; the rest goes to Receiver.
+        """
+        sock = sockets.open_datagram(address, reuse_port=reuse_port, dual_stack=dual_stack)
+        try:
+            if receive_buffer is not None:
+                sockets.grow_receive_buffer(sock, receive_buffer)
+            if busy_poll is not None:
+                sockets.busy_poll(sock, busy_poll, prefer=prefer_busy_poll, budget=busy_poll_budget)
+            if incoming_cpu is not None:
+                sockets.incoming_cpu(sock, incoming_cpu)
+            made = cls(sock, **options)
+        except BaseException:
+            sockets.close(sock)
+            raise
+        made._owned = True
+        return made
+
+    def recv(self, timeout: float | None = None) -> Batch:
+        """Receive what is queued, up to batch_size datagrams (trains, with GRO), with one recvmmsg(2).
+
+        timeout : seconds; None waits for ever, 0 does not wait.
+        Returns a Batch; an empty one only when the time was over. The GIL is released while waiting and receiving.
+        Signal handlers run at once where the signal finds this thread waiting, within a second otherwise.
+
+        Raises
+        ------
+        BufferError : every arena is held by batches, or views of them; copy() or release() one, or raise max_arenas.
+        OSError : the socket failed, and errno says how: ECONNREFUSED on a connected socket whose peer is not there
+            (what is queued comes with the next recv); EBADF when the Receiver is closed, also meanwhile.
+
+        """
+        return self._reader.recv(timeout)
+
+    def recv_nowait(self) -> Batch:
+        """recv(0)."""
+        return self._reader.recv(0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches, until the Receiver is closed."""
+        while True:
+            try:
+                batch = self.recv()
+            except OSError:
+                if self.closed:
+                    return
+                raise
+            yield batch
+
+    def send(
+        self,
+        payloads: Batch | Sequence[Buffer],
+        destinations: NDArray[np.void] | Address | Sequence[Address] | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Send datagrams with sendmmsg(2), in order; how many were sent.
+
+        payloads : bytes-like objects, or a batch. destinations : one address for all or one for each, as addresses
+        or as an array like Batch.sources; None on a connected socket. timeout : seconds to wait for room in the send
+        buffer, None for ever; when they are over, what is sent is the answer. So it is when the kernel refuses one;
+        its OSError is raised when that is the first. Runs of equal datagrams to one peer leave as one train
+        (UDP_SEGMENT, Linux 4.18).
+        """
+        to = _destinations(destinations)
+        sent, _, code = send(self._reader.fileno(), payloads, to, timeout=timeout)
+        if code and not sent:
+            raise OSError(code, f"sending: {os.strerror(code)}")
+        return sent
+
+    def reply(self, batch: Batch, payloads: Batch | Sequence[Buffer | None], timeout: float | None = None) -> int:
+        """Answer the senders of `batch`, one payload each (None: no answer); how many were sent.
+
+        Answers leave from the address, and port, that the datagram was sent to. A socket bound to every address needs
+        `destinations` for that; any-port steering `destination_ports`, and CAP_NET_RAW or the right to bind to those
+        ports. An answer that the kernel refuses is counted (Statistics.unanswered) and the others go on.
+        """
+        return self._replier.reply(self._reader.fileno(), batch, payloads, timeout)
+
+    def fileno(self) -> int:
+        """The descriptor to poll for readability."""
+        return self._reader.fileno()
+
+    def statistics(self) -> Statistics:
+        """Counters, also readable when closed."""
+        reader = self._reader
+        return Statistics(reader.batches, reader.datagrams, reader.bytes, reader.truncated, reader.control_truncated,
+                          self._replier.unanswered)  # fmt: skip
+
+    @property
+    def drops(self) -> int:
+        """Datagrams the socket has lost so far because its queue was full: fastrecv.sockets.drops."""
+        return sockets.drops(self.socket)
+
+    @property
+    def address(self) -> Any:
+        """What the socket is bound to, as socket.getsockname says it."""
+        return self.socket.getsockname()
+
+    @property
+    def receive_buffer(self) -> int:
+        """Bytes that may be queued: fastrecv.sockets.receive_buffer."""
+        return sockets.receive_buffer(self.socket)
+
+    @property
+    def batch_size(self) -> int:
+        return self._reader.batch_size
+
+    @property
+    def slot_size(self) -> int:
+        """Bytes kept of a datagram at most."""
+        return self._reader.slot_size
+
+    @property
+    def arenas(self) -> int:
+        """How many arenas there are now; grows up to max_arenas."""
+        return self._reader.arenas
+
+    @property
+    def closed(self) -> bool:
+        return self._reader.closed
+
+    def join(self, group: str, *, interface: str | int | None = None, source: str | None = None) -> None:
+        """Receive a multicast group: fastrecv.sockets.join."""
+        sockets.join(self.socket, group, interface=interface, source=source)
+
+    def leave(self, group: str, *, interface: str | int | None = None, source: str | None = None) -> None:
+        """Undo `join` with the same arguments."""
+        sockets.leave(self.socket, group, interface=interface, source=source)
+
+    def close(self) -> None:
+        """Stop receiving; from any thread, and more than once. Who waits in recv is woken and gets EBADF.
+
+        A socket that the Receiver has opened is closed, with what is still queued in it. Batches stay good.
+        """
+        self._reader.close()
+        self._replier.close()
+        if self._owned:
+            sockets.close(self.socket)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_reader") and not self.closed:  # a constructor may have failed
+            warnings.warn(f"unclosed Receiver on {self.socket!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<Receiver {'closed' if self.closed else f'on {self.address}'}>"
+
+
+def _within(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value:,}: give {low:,} to {high:,}")
+
+
+def _destinations(
+    given: NDArray[np.void] | Address | Sequence[Address] | None,
+) -> NDArray[np.void] | list[bytes] | None:
+    """What _recv.send takes: an array of ENDPOINT, a list of paths, or None."""
+    if given is None or isinstance(given, np.ndarray):
+        return given
+    addresses = [given] if isinstance(given, (str, bytes, tuple)) else list(given)
+    paths = [os.fsencode(path) for path in addresses if isinstance(path, (str, bytes))]
+    return paths or sockets.endpoints(address for address in addresses if isinstance(address, tuple))
