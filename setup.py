@@ -6,10 +6,12 @@ clang and llvm are needed only to build from a git checkout.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import numpy
 from Cython.Build import cythonize
@@ -57,11 +59,15 @@ class Sdist(sdist):
 
 
 def extensions() -> list[Extension]:
-    common = {
+    common: dict[str, Any] = {
         "include_dirs": [numpy.get_include()],
         "define_macros": [("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
         "extra_compile_args": ["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
     }
+    if os.environ.get("FASTRECV_SANITIZE") == "1":  # `make sanitize`
+        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+        common["extra_compile_args"] += [*sanitize, "-g", "-O1"]
+        common["extra_link_args"] = sanitize
     # The receive core works where libbpf is absent: only the door to libbpf links to it.
     return [
         Extension(f"fastrecv.{package}.{path.stem}", [str(path)], libraries=libraries, **common)

@@ -61,7 +61,7 @@ cdef struct Arena:
 
 
 cdef int arena_grow(Arena *arena, int rows) noexcept nogil
-cdef Arena *arena_new(const Layout *layout, int64_t size) noexcept nogil
+cdef void pack(const Arena *arena, uint8_t *to, int64_t *offsets) noexcept nogil
 
 
 cdef class Pool:
@@ -78,4 +78,5 @@ cdef class Lease:
 
 
 cdef Lease lease(Arena *arena, Pool pool)
+cdef Lease copied(Lease held)
 cdef Pool new_pool(const Layout *layout, int arenas, int limit)

@@ -73,7 +73,6 @@ cdef extern from *:
 cdef class ArrowExport:
     cdef Lease lease
     cdef bint packed
-    cdef bint wants_copies(self, object requested) except -1
 
 
 cdef ArrowExport arrow_export(Lease lease, bint packed)

@@ -6,7 +6,7 @@ column by itself, from any thread, so each column holds the lease for itself and
 
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
-from fastrecv._recv.arena cimport Arena, Endpoint, Lease
+from fastrecv._recv.arena cimport Arena, Endpoint, Lease, copied
 from libc.errno cimport ENOMEM
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.stdlib cimport calloc, free
@@ -16,7 +16,7 @@ from libc.string cimport memcpy, memset, strcmp
 cdef enum Kind:
     # How a column comes to be.
     VIEWS    # binary views of the datagrams
-    COPIES   # the datagrams, one behind the other
+    PACKED   # the datagrams of an arena without gaps
     SHARED   # the arena's own column
     MOMENTS  # the same, but 0 is null
     ADDRESSES
@@ -48,7 +48,7 @@ cdef struct Holder:
     # private_data of a column: what it keeps alive, and what was made for it.
     PyObject *lease
     const void *buffers[4]
-    void *made[2]
+    void *made
     int64_t sizes[1]
 
 
@@ -62,7 +62,7 @@ cdef int add(Field *fields, int n, Kind kind, const char *name, const char *form
 cdef int fields_of(const Arena *arena, bint packed, Field *fields) noexcept nogil:
     """Which columns there are; how many."""
     cdef int n = 0
-    n = add(fields, n, Kind.COPIES if packed else Kind.VIEWS, b"payload", b"z" if packed else b"vz", arena.data)
+    n = add(fields, n, Kind.PACKED if packed else Kind.VIEWS, b"payload", b"z" if packed else b"vz", arena.data)
     n = add(fields, n, Kind.SHARED, b"length", b"i", arena.lengths)
     n = add(fields, n, Kind.ADDRESSES, b"source_address", b"w:16", arena.sources)
     n = add(fields, n, Kind.PORTS, b"source_port", b"S", arena.sources)
@@ -83,8 +83,7 @@ cdef void release_array(ArrowArray *array) noexcept nogil:
                 array.children[i].release(array.children[i])
             free(array.children[i])
     free(array.children)
-    free(holder.made[0])
-    free(holder.made[1])
+    free(holder.made)
     if holder.lease != NULL:
         with gil:
             Py_DECREF(<object>holder.lease)
@@ -106,14 +105,14 @@ cdef Holder *begin_array(ArrowArray *array, int64_t rows, int buffers) noexcept 
     return holder
 
 
-cdef void *make(Holder *holder, int place, size_t size) noexcept nogil:
+cdef void *make(Holder *holder, size_t size) noexcept nogil:
     """Zeroed memory that ends with the column; at least a byte, so that NULL always means that there is none."""
-    holder.made[place] = calloc(size + 1, 1)
-    return holder.made[place]
+    holder.made = calloc(size + 1, 1)
+    return holder.made
 
 
 cdef int fill_views(const Arena *arena, Holder *holder) noexcept nogil:
-    cdef View *views = <View *>make(holder, 0, sizeof(View) * <size_t>arena.rows)
+    cdef View *views = <View *>make(holder, sizeof(View) * <size_t>arena.rows)
     cdef const uint8_t *datagram
     cdef int row
     if views == NULL:
@@ -133,21 +132,16 @@ cdef int fill_views(const Arena *arena, Holder *holder) noexcept nogil:
     return 0
 
 
-cdef int fill_copies(const Arena *arena, Holder *holder) noexcept nogil:
-    cdef int32_t *offsets = <int32_t *>make(holder, 0, sizeof(int32_t) * <size_t>(arena.rows + 1))
-    cdef uint8_t *data
+cdef int fill_packed(const Arena *arena, Holder *holder) noexcept nogil:
+    """Offsets alone: the datagrams of a copied arena lie one behind the other."""
+    cdef int32_t *offsets = <int32_t *>make(holder, sizeof(int32_t) * <size_t>(arena.rows + 1))
     cdef int row
     if offsets == NULL:
         return -1
     for row in range(arena.rows):
         offsets[row + 1] = offsets[row] + arena.lengths[row]
-    data = <uint8_t *>make(holder, 1, <size_t>offsets[arena.rows])
-    if data == NULL:
-        return -1
-    for row in range(arena.rows):
-        memcpy(data + offsets[row], arena.data + arena.offsets[row], <size_t>arena.lengths[row])
     holder.buffers[1] = offsets
-    holder.buffers[2] = data
+    holder.buffers[2] = arena.data
     return 0
 
 
@@ -157,7 +151,7 @@ cdef int fill_moments(const Arena *arena, const int64_t *moments, ArrowArray *ar
     for row in range(arena.rows):
         array.null_count += moments[row] == 0
     if array.null_count:
-        valid = <uint8_t *>make(holder, 0, <size_t>(arena.rows + 7) // 8)
+        valid = <uint8_t *>make(holder, <size_t>(arena.rows + 7) // 8)
         if valid == NULL:
             return -1
         for row in range(arena.rows):
@@ -170,7 +164,7 @@ cdef int fill_moments(const Arena *arena, const int64_t *moments, ArrowArray *ar
 
 cdef int fill_endpoints(const Arena *arena, const Field *field, Holder *holder) noexcept nogil:
     cdef const Endpoint *endpoints = <const Endpoint *>field.column
-    cdef uint8_t *made = <uint8_t *>make(holder, 0, 16 * <size_t>arena.rows)
+    cdef uint8_t *made = <uint8_t *>make(holder, 16 * <size_t>arena.rows)
     cdef int row
     if made == NULL:
         return -1
@@ -206,7 +200,7 @@ cdef int export_array(PyObject *lease, const Arena *arena, bint packed, ArrowArr
 
 
 cdef int export_column(PyObject *lease, const Arena *arena, const Field *field, ArrowArray *array) noexcept nogil:
-    cdef int buffers = 4 if field.kind == Kind.VIEWS else 3 if field.kind == Kind.COPIES else 2
+    cdef int buffers = 4 if field.kind == Kind.VIEWS else 3 if field.kind == Kind.PACKED else 2
     cdef Holder *holder = begin_array(array, arena.rows, buffers)
     if holder == NULL:
         return -1
@@ -215,8 +209,8 @@ cdef int export_column(PyObject *lease, const Arena *arena, const Field *field, 
     holder.lease = lease
     if field.kind == Kind.VIEWS:
         return fill_views(arena, holder)
-    if field.kind == Kind.COPIES:
-        return fill_copies(arena, holder)
+    if field.kind == Kind.PACKED:
+        return fill_packed(arena, holder)
     if field.kind == Kind.MOMENTS:
         return fill_moments(arena, <const int64_t *>field.column, array, holder)
     if field.kind == Kind.SHARED:
@@ -325,15 +319,6 @@ cdef class ArrowExport:
     def __init__(self):
         raise TypeError("take batch.arrow()")
 
-    cdef bint wants_copies(self, object requested) except -1:
-        """Whether a consumer that asks for a schema asks for ordinary binary; anything else it casts itself."""
-        cdef ArrowSchema *schema
-        if requested is not None:
-            schema = <ArrowSchema *>PyCapsule_GetPointer(requested, b"arrow_schema")
-            if schema.n_children and strcmp(schema.children[0].format, b"z") == 0:
-                return True
-        return self.packed
-
     def __arrow_c_schema__(self):
         cdef ArrowSchema *schema = <ArrowSchema *>calloc(1, sizeof(ArrowSchema))
         if schema == NULL or export_schema(self.lease.arena, self.packed, schema):
@@ -342,23 +327,25 @@ cdef class ArrowExport:
         return PyCapsule_New(schema, b"arrow_schema", drop_schema)
 
     def __arrow_c_array__(self, requested_schema=None):
-        cdef bint packed = self.wants_copies(requested_schema)
-        schema = arrow_export(self.lease, packed).__arrow_c_schema__()
+        if not self.packed and wants_packed(requested_schema):
+            return arrow_export(self.lease, True).__arrow_c_array__()
+        schema = self.__arrow_c_schema__()
         cdef ArrowArray *array = <ArrowArray *>calloc(1, sizeof(ArrowArray))
-        if array == NULL or export_array(<PyObject *>self.lease, self.lease.arena, packed, array):
+        if array == NULL or export_array(<PyObject *>self.lease, self.lease.arena, self.packed, array):
             free(array)
             raise MemoryError
         return schema, PyCapsule_New(array, b"arrow_array", drop_array)
 
     def __arrow_c_stream__(self, requested_schema=None):
-        cdef bint packed = self.wants_copies(requested_schema)
+        if not self.packed and wants_packed(requested_schema):
+            return arrow_export(self.lease, True).__arrow_c_stream__()
         cdef ArrowArrayStream *stream = <ArrowArrayStream *>calloc(1, sizeof(ArrowArrayStream))
         cdef Stream *state = <Stream *>calloc(1, sizeof(Stream))
         if stream == NULL or state == NULL:
             free(stream)
             free(state)
             raise MemoryError
-        state.packed = packed
+        state.packed = self.packed
         Py_INCREF(self.lease)
         state.lease = <PyObject *>self.lease
         state.arena = self.lease.arena
@@ -370,8 +357,18 @@ cdef class ArrowExport:
         return PyCapsule_New(stream, b"arrow_array_stream", drop_stream)
 
 
+cdef bint wants_packed(object requested) except -1:
+    """Whether a consumer asks for ordinary binary; anything else that it asks for it casts itself."""
+    cdef ArrowSchema *schema
+    if requested is None:
+        return False
+    schema = <ArrowSchema *>PyCapsule_GetPointer(requested, b"arrow_schema")
+    return schema.n_children > 0 and strcmp(schema.children[0].format, b"z") == 0
+
+
 cdef ArrowExport arrow_export(Lease lease, bint packed):
+    """The rows of a lease; `packed` of a copy, so that nothing of the lease is held."""
     cdef ArrowExport made = ArrowExport.__new__(ArrowExport)
-    made.lease = lease
+    made.lease = copied(lease) if packed else lease
     made.packed = packed
     return made

@@ -10,7 +10,7 @@ from fastrecv._recv.arena import ENDPOINT
 cimport numpy as cnp
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.ref cimport PyObject, Py_INCREF
-from fastrecv._recv.arena cimport Arena, Endpoint, Layout, Lease, Path, arena_new, lease
+from fastrecv._recv.arena cimport Arena, Endpoint, Lease, Path, copied, pack
 from fastrecv._recv.arrow cimport arrow_export
 from fastrecv._recv.linux cimport AF_INET, AF_INET6, inet_ntop
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
@@ -300,31 +300,8 @@ cdef class Batch:
 
     def copy(self):
         """The same batch in memory of its own, without gaps: it holds no arena of the Receiver."""
-        cdef Arena *arena = self.alive()
-        cdef Arena *twin
-        cdef Layout layout = arena.layout
-        cdef int64_t size = 0
-        cdef int row
-        for row in range(arena.rows):
-            size += arena.lengths[row]
-        layout.slots = 0
-        layout.rows = arena.rows
-        twin = arena_new(&layout, size)
-        if twin == NULL:
-            raise MemoryError(f"no memory for {size:,} bytes")
-        held = lease(twin, None)
-        pack(arena, twin.data, twin.offsets)
-        twin.rows = arena.rows
-        take(twin.lengths, arena.lengths, sizeof(int32_t), arena.rows)
-        take(twin.flags, arena.flags, 1, arena.rows)
-        take(twin.sources, arena.sources, sizeof(Endpoint), arena.rows)
-        take(twin.paths, arena.paths, sizeof(Path), arena.rows)
-        take(twin.destinations, arena.destinations, sizeof(Endpoint), arena.rows)
-        take(twin.replies4, arena.replies4, sizeof(uint32_t), arena.rows)
-        take(twin.timestamps, arena.timestamps, sizeof(int64_t), arena.rows)
-        take(twin.hardware, arena.hardware, sizeof(int64_t), arena.rows)
-        take(twin.tos, arena.tos, 1, arena.rows)
-        return new_batch(held, self.drop_count)
+        self.alive()
+        return new_batch(copied(self.lease), self.drop_count)
 
     def release(self):
         """Give up the batch's own hold of its arena; views taken from it stay good, and keep theirs."""
@@ -341,9 +318,10 @@ cdef class Batch:
     def arrow(self, bint packed=False):
         """What Arrow libraries take, over the PyCapsule interface: pyarrow.record_batch(batch.arrow()).
 
-        Columns: payload (binary view, not copied; with `packed` a binary copy), length, source_address,
-        source_port, and whichever of destination_address, destination_port, interface, timestamp,
-        hardware_timestamp, tos there are. A batch itself is taken as batch.arrow() is.
+        Columns: payload, length, source_address, source_port (not for AF_UNIX), and whichever of
+        destination_address, destination_port, interface, timestamp, hardware_timestamp, tos there are. The payload is
+        a binary view of the arena, not copied; with `packed`, or where the consumer asks for it, it is ordinary
+        binary, and all of it a copy. A batch itself is taken as batch.arrow() is.
         """
         self.alive()
         return arrow_export(self.lease, packed)
@@ -361,22 +339,6 @@ cdef class Batch:
         if self.lease is None:
             return "<Batch, released>"
         return f"<Batch of {self.lease.arena.rows} datagrams>"
-
-
-cdef void pack(const Arena *arena, uint8_t *to, int64_t *offsets) noexcept nogil:
-    """Copy all datagrams one behind the other; `offsets`, where given, says where each begins."""
-    cdef int64_t end = 0
-    cdef int row
-    for row in range(arena.rows):
-        memcpy(to + end, arena.data + arena.offsets[row], <size_t>arena.lengths[row])
-        if offsets != NULL:
-            offsets[row] = end
-        end += arena.lengths[row]
-
-
-cdef inline void take(void *to, const void *column, size_t item, int rows) noexcept nogil:
-    if column != NULL:
-        memcpy(to, column, item * <size_t>rows)
 
 
 cdef Batch new_batch(Lease held, long long drop_count):

@@ -68,32 +68,32 @@ class Flood:
     def source(self) -> str:
         return _FAR[self.family]
 
-    def transport(self) -> tuple[bytes, int]:
-        """The transport header with source port and checksum 0, and the offset of its checksum."""
+    def transport(self, payload: bytes = b"") -> tuple[bytes, int]:
+        """The transport header with source port and checksum 0 and the payload, and the offset of its checksum."""
         if self.protocol == socket.IPPROTO_UDP:
-            return struct.pack("!HHHH", 0, PORT, 8, 0), 6  # RFC 768
+            return struct.pack("!HHHH", 0, PORT, 8 + len(payload), 0) + payload, 6  # RFC 768
         flags, window = 5 << 12 | 0x002, 64240  # header of 5 words, SYN
-        return struct.pack("!HHIIHHHH", 0, PORT, 1, 0, flags, window, 0, 0), 16  # RFC 9293
+        return struct.pack("!HHIIHHHH", 0, PORT, 1, 0, flags, window, 0, 0) + payload, 16  # RFC 9293
 
-    def frame(self, lab: Lab) -> tuple[bytes, int, int, int]:
+    def frame(self, lab: Lab, payload: bytes = b"") -> tuple[bytes, int, int, int]:
         """An Ethernet frame for the host; the offsets of its source port and checksum; what the checksum covers.
 
-        The last is the one's complement sum of the pseudo header and the transport header (RFC 1071), in this
-        machine's byte order, with source port and checksum taken as 0.
+        The last is the one's complement sum of the pseudo header, the transport header and the payload (RFC 1071), in
+        this machine's byte order, with source port and checksum taken as 0.
         """
-        header, checksum = self.transport()
+        segment, checksum = self.transport(payload)
         source, destination = ip_address(self.source).packed, ip_address(self.destination).packed
         if self.family == socket.AF_INET:
-            without = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(header), 0, 0, 64, self.protocol, 0,
+            without = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(segment), 0, 0, 64, self.protocol, 0,
                                   source, destination)  # fmt: skip
             complement = ~_sum(without) & 0xFFFF
             network = without[:10] + struct.pack("=H", complement) + without[12:]
         else:
-            network = struct.pack("!IHBB16s16s", 6 << 28, len(header), self.protocol, 64, source, destination)
-        pseudo = source + destination + struct.pack("!II", len(header), self.protocol)
+            network = struct.pack("!IHBB16s16s", 6 << 28, len(segment), self.protocol, 64, source, destination)
+        pseudo = source + destination + struct.pack("!II", len(segment), self.protocol)
         ethernet = lab.host_mac + lab.far_mac + struct.pack("!H", _ETHERTYPES[self.family])
         start = len(ethernet) + len(network)
-        return ethernet + network + header, start, start + checksum, _sum(pseudo + header)
+        return ethernet + network + segment, start, start + checksum, _sum(pseudo + segment)
 
 
 _LOOKUP = {"udp4": "__udp4_lib_lookup", "udp6": "__udp6_lib_lookup",
@@ -115,7 +115,7 @@ FLOODS = {
 
 def _sum(data: bytes) -> int:
     """The one's complement sum of 16-bit words in this machine's order, folded (RFC 1071: any order will do)."""
-    total = int(np.frombuffer(data, np.uint16).sum(dtype=np.uint64))
+    total = int(np.frombuffer(data + bytes(len(data) % 2), np.uint16).sum(dtype=np.uint64))
     while total > 0xFFFF:
         total = (total & 0xFFFF) + (total >> 16)
     return total
@@ -137,10 +137,13 @@ def open_sink(flood: Flood, lab: Lab) -> Iterator[socket.socket]:
 
 
 class Source:
-    """The traffic source of one flood: the program flood.bpf.c with the flood's frame. A context manager."""
+    """The traffic source of one flood: the program flood.bpf.c with the flood's frame. A context manager.
 
-    def __init__(self, flood: Flood, lab: Lab, sources: int) -> None:
-        self._frame, port_offset, checksum_offset, partial_sum = flood.frame(lab)
+    payload : what every frame carries, up to 3,000 bytes: a live frame is one page, less what the kernel keeps there.
+    """
+
+    def __init__(self, flood: Flood, lab: Lab, sources: int, payload: bytes = b"") -> None:
+        self._frame, port_offset, checksum_offset, partial_sum = flood.frame(lab, payload)
         self._object: Object = packaged("flood")
         self._object.set(
             sources=sources,

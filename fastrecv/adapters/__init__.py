@@ -1,0 +1,1 @@
+"""Receivers behind the interfaces that services are written against already: one module for each of them."""

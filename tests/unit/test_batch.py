@@ -1,0 +1,365 @@
+"""Batch: its views, its copies, and above all that nobody ever overwrites what somebody still looks at."""
+
+from __future__ import annotations
+
+import gc
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fastrecv import Batch, Receiver
+
+HEADER = np.dtype([("kind", ">u2"), ("count", ">u4")])  # 6 bytes
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Receiver, socket.socket]]:
+    with Receiver.bind(("127.0.0.1", 0)) as receiver, socket.socket(type=socket.SOCK_DGRAM) as sock:
+        sock.connect(receiver.address)
+        yield receiver, sock
+
+
+def batch_of(pair: tuple[Receiver, socket.socket], *payloads: bytes) -> Batch:
+    receiver, sock = pair
+    for payload in payloads:
+        sock.send(payload)
+    batch = receiver.recv(5)
+    assert len(batch) == len(payloads)
+    return batch
+
+
+def train_of(*payloads: bytes) -> Batch:
+    """A batch whose rows lie one behind the other."""
+    with Receiver.bind(("127.0.0.1", 0), gro=True) as receiver, Receiver.bind(("127.0.0.1", 0)) as other:
+        assert other.send(payloads, receiver.address) == len(payloads)
+        batch = receiver.recv(5)
+        assert len(batch) == len(payloads)
+        return batch
+
+
+def test_rows_lie_in_data_where_offsets_and_lengths_say(pair: tuple[Receiver, socket.socket]) -> None:
+    payloads = [b"abc", b"", bytes(range(256))]
+    batch = batch_of(pair, *payloads)
+    rows = zip(batch.offsets, batch.lengths, strict=True)
+    assert [batch.data[start : start + size].tobytes() for start, size in rows] == payloads
+    assert [bytes(batch[i]) for i in (0, 1, 2, -1)] == [*payloads, payloads[-1]]
+    for index in (3, -4):
+        with pytest.raises(IndexError, match=r"no datagram -?\d in a batch of 3"):
+            batch[index]
+
+
+def test_views_are_read_only(pair: tuple[Receiver, socket.socket]) -> None:
+    batch = batch_of(pair, b"abcdefgh")
+    arrays = (batch.data, batch.offsets, batch.lengths, batch.flags, batch.sources, batch.records("u4"))
+    assert not any(array.flags.writeable for array in arrays if array is not None)
+    assert batch[0].readonly
+
+
+def test_views_do_not_copy(pair: tuple[Receiver, socket.socket]) -> None:
+    batch = batch_of(pair, b"abcdefgh", b"ijklmnop")
+    for view in (batch[1], batch.records("S4"), batch.copy().data):
+        address = np.asarray(view).__array_interface__["data"][0]
+        start = batch.data.__array_interface__["data"][0]
+        inside = start <= address < start + batch.data.nbytes
+        assert inside == (np.asarray(view).tobytes()[:1] in (b"i", b"a") and len(view) != 16)
+
+
+def test_records_are_a_view_where_no_datagram_is_too_short(pair: tuple[Receiver, socket.socket]) -> None:
+    batch = batch_of(pair, *(struct.pack(">HI", 5, i) + bytes(i) for i in range(5)))
+    records = batch.records(HEADER)
+    assert type(records) is np.ndarray
+    assert records["kind"].tolist() == [5] * 5
+    assert records["count"].tolist() == list(range(5))
+    assert np.shares_memory(records, batch.data)
+    assert batch.records(">u4", offset=2).tolist() == list(range(5))
+
+
+def test_records_mask_what_is_too_short_and_never_read_past_it(pair: tuple[Receiver, socket.socket]) -> None:
+    receiver, _ = pair
+    for _ in range(receiver.arenas):  # every arena now has old bytes where the new ones will be too few
+        batch_of(pair, b"\xee" * 100, b"\xee" * 100).release()
+    batch = batch_of(pair, b"12345", b"123456")
+    records = batch.records(HEADER)
+    assert isinstance(records, np.ma.MaskedArray)
+    assert records.mask["kind"].tolist() == [True, False]
+    assert records.data[0].tobytes() == bytes(6)
+    assert records.data[1].tobytes() == b"123456"
+    assert batch.records("u1", offset=5).mask.tolist() == [True, False]
+    assert batch.records("u1", offset=4).tolist() == [ord("5")] * 2
+
+
+def test_records_of_a_train_lie_evenly_or_are_gathered() -> None:
+    even = train_of(*(struct.pack(">HI", 7, i) + bytes(50) for i in range(20)))
+    assert np.shares_memory(even.records(HEADER), even.data)
+    assert even.records(HEADER)["count"].tolist() == list(range(20))
+    uneven = train_of(*(struct.pack(">HI", 7, i) + bytes(50 if i < 10 else 20) for i in range(20)))
+    assert not np.shares_memory(uneven.records(HEADER), uneven.data)
+    assert uneven.records(HEADER)["count"].tolist() == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [((object,), TypeError), (("(2,)u4",), TypeError), (("V0",), ValueError), (("u1", -1), ValueError)],
+)
+def test_records_refuse_what_is_no_layout(
+    pair: tuple[Receiver, socket.socket], arguments: tuple[Any, ...], error: type[Exception]
+) -> None:
+    batch = batch_of(pair, b"x")
+    with pytest.raises(error):
+        batch.records(*arguments)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64])
+def test_packed_puts_all_bytes_in_a_row(pair: tuple[Receiver, socket.socket], kind: type) -> None:
+    data, offsets = batch_of(pair, b"abc", b"", b"defg").packed(kind)
+    assert data.tobytes() == b"abcdefg"
+    assert offsets.tolist() == [0, 3, 3, 7]
+    assert offsets.dtype == kind
+    assert data.flags.writeable
+
+
+def test_packed_takes_no_other_offsets(pair: tuple[Receiver, socket.socket]) -> None:
+    with pytest.raises(TypeError, match="offsets are int32 or int64, not int16"):
+        batch_of(pair, b"x").packed(np.int16)
+
+
+def test_a_copy_has_every_column_and_holds_no_arena() -> None:
+    features = dict.fromkeys(
+        ("timestamps", "hardware_timestamps", "destinations", "destination_ports", "tos", "drops"), True
+    )
+    with (
+        Receiver.bind(("::", 0), arenas=1, **features) as receiver,  # type: ignore[arg-type] # every one is a bool
+        socket.socket(type=socket.SOCK_DGRAM) as sock,
+    ):
+        sock.connect(("127.0.0.1", receiver.address[1]))
+        for payload in (b"abc", b"", b"defg"):
+            sock.send(payload)
+        batch = receiver.recv(5)
+        twin = batch.copy()
+        assert list(twin.datagrams()) == list(batch.datagrams())
+        assert twin.offsets.tolist() == [0, 3, 3]
+        for column in ("lengths", "flags", "sources", "destinations", "timestamps", "hardware_timestamps", "tos"):
+            assert getattr(twin, column).tobytes() == getattr(batch, column).tobytes(), column
+        assert twin.drops == batch.drops == 0
+        batch.release()
+        for _ in range(3):
+            sock.send(b"\xff" * 9)
+            receiver.recv(5).release()
+        assert [bytes(view) for view, _ in twin] == [b"abc", b"", b"defg"]
+        assert receiver.reply(twin, [b"1", b"2", b"3"]) == 3
+
+
+def test_a_released_batch_refuses_and_its_views_stay(pair: tuple[Receiver, socket.socket]) -> None:
+    batch = batch_of(pair, b"kept")
+    view, array = batch[0], batch.lengths
+    with batch:
+        pass
+    batch.release()
+    assert repr(batch) == "<Batch, released>"
+    uses: list[Callable[[], object]] = [
+        lambda: len(batch), lambda: batch[0], lambda: batch.data, lambda: list(batch), lambda: batch.source(0),
+        lambda: list(batch.datagrams()), lambda: batch.records("u1"), batch.packed, batch.copy, batch.arrow,
+        batch.__arrow_c_array__, lambda: batch.drops, batch.__enter__,
+    ]  # fmt: skip
+    for use in uses:
+        with pytest.raises(ValueError, match="the batch has been released"):
+            use()
+    assert (bytes(view), array.tolist()) == (b"kept", [4])
+
+
+def test_nobody_makes_a_batch_by_hand() -> None:
+    with pytest.raises(TypeError, match="batches come from a Receiver"):
+        Batch()
+
+
+def content(number: int) -> bytes:
+    """What datagram `number` says: its number, and as many bytes as that gives, none of them by chance."""
+    return struct.pack("<Q", number) + random.Random(number).randbytes(number * 37 % 1500)
+
+
+class Ownership(RuleBasedStateMachine):
+    """Receive, look, copy and let go in any order: every byte that anybody holds stays what was sent.
+
+    What is held stands in lists of its own, since Hypothesis keeps what goes into its bundles.
+    """
+
+    gro = False
+
+    @initialize(size=st.integers(1, 5), arenas=st.integers(1, 3), more=st.integers(0, 2))
+    def open(self, size: int, arenas: int, more: int) -> None:
+        self.receiver = Receiver.bind(
+            ("127.0.0.1", 0),
+            batch_size=size,
+            arenas=arenas,
+            max_arenas=arenas + more,
+            gro=self.gro,
+            receive_buffer=1 << 22,
+        )
+        self.limit = arenas + more
+        self.sender = Receiver.bind(("127.0.0.1", 0))
+        self.sent, self.received = 0, 0
+        self.batches: list[tuple[Batch, list[int]]] = []
+        self.views: list[tuple[memoryview, bytes]] = []
+
+    @rule(count=st.integers(1, 12))
+    def send(self, count: int) -> None:
+        if self.sent - self.received < 100:
+            payloads = [content(self.sent + i) for i in range(count)]
+            assert self.sender.send(payloads, self.receiver.address) == count
+            self.sent += count
+
+    @rule()
+    def recv(self) -> None:
+        try:
+            batch = self.receiver.recv(5 if self.sent > self.received else 0)
+        except BufferError:
+            assert len(self.batches) + len(self.views) >= self.limit, "refused, though arenas are free"
+            return
+        self.batches.append((batch, list(range(self.received, self.received + len(batch)))))
+        self.received += len(batch)
+
+    @precondition(lambda self: self.batches)
+    @rule(which=st.integers(0, 99), row=st.integers(0, 99), kind=st.integers(0, 7))
+    def look(self, which: int, row: int, kind: int) -> None:
+        batch, numbers = self.batches[which % len(self.batches)]
+        if not numbers:
+            return
+        i = row % len(numbers)
+        whole = content(numbers[i])
+        start, size = int(batch.offsets[i]), int(batch.lengths[i])
+        lengths = np.array([len(content(number)) for number in numbers], np.int32)
+        view, expected = (
+            lambda: (batch[i], whole),
+            lambda: (batch.data[start : start + size].data, whole),
+            lambda: (batch.lengths.data, lengths.tobytes()),
+            lambda: (batch.records("<u8").data, np.array(numbers, np.uint64).tobytes()),
+            lambda: (batch.records("<u8")[i : i + 1].data, whole[:8]),
+            lambda: (np.frombuffer(batch[i], np.uint8)[:5].data, whole[:5]),
+            lambda: (batch[i][2:], whole[2:]),
+            lambda: (batch.packed()[0].data, b"".join(content(number) for number in numbers)),
+        )[kind]()
+        self.views.append((view, expected))
+
+    @precondition(lambda self: self.batches)
+    @rule(which=st.integers(0, 99))
+    def copy(self, which: int) -> None:
+        batch, numbers = self.batches[which % len(self.batches)]
+        self.batches.append((batch.copy(), numbers))
+
+    @precondition(lambda self: self.batches)
+    @rule(which=st.integers(0, 99), explicitly=st.booleans())
+    def let_go(self, which: int, explicitly: bool) -> None:
+        batch, _ = self.batches.pop(which % len(self.batches))
+        if explicitly:
+            batch.release()
+
+    @precondition(lambda self: self.views)
+    @rule(which=st.integers(0, 99))
+    def look_away(self, which: int) -> None:
+        self.views.pop(which % len(self.views))
+
+    @invariant()
+    def every_byte_is_what_was_sent(self) -> None:
+        for batch, numbers in self.batches:
+            assert [payload for payload, _ in batch.datagrams()] == [content(number) for number in numbers]
+        for view, expected in self.views:
+            assert view.tobytes() == expected
+
+    def teardown(self) -> None:
+        if hasattr(self, "receiver"):
+            self.receiver.close()
+            self.sender.close()
+            self.every_byte_is_what_was_sent()  # also without the Receiver
+
+
+class OwnershipOfTrains(Ownership):
+    gro = True
+
+
+quick = settings(max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+TestOwnership = Ownership.TestCase
+TestOwnership.settings = quick
+TestOwnershipOfTrains = OwnershipOfTrains.TestCase
+TestOwnershipOfTrains.settings = quick
+
+
+def test_threads_that_receive_hold_look_and_release_see_only_what_was_sent() -> None:
+    """Four threads on one Receiver, each holding batches and views at random while the others' arenas are reused."""
+    total = 20_000
+    wrong: list[int] = []
+    checked = [0] * 4
+    with Receiver.bind(("127.0.0.1", 0), batch_size=8, arenas=4, max_arenas=24, receive_buffer=64 << 20) as receiver:
+
+        def check(views: list[memoryview]) -> int:
+            for view in views:
+                number = struct.unpack_from("<Q", view)[0]
+                if bytes(view) != content(number):
+                    wrong.append(number)
+            return len(views)
+
+        def read(place: int) -> None:
+            draw = random.Random(place)
+            held: list[list[memoryview]] = []
+            while True:
+                try:
+                    batch = receiver.recv(1)
+                except BufferError:
+                    time.sleep(0)
+                    if held:
+                        checked[place] += check(held.pop(draw.randrange(len(held))))
+                    continue
+                if not batch:
+                    break
+                held.append([view for view, _ in batch])
+                if draw.random() < 0.3:
+                    batch.release()
+                while len(held) > 4:
+                    checked[place] += check(held.pop(draw.randrange(len(held))))
+            for views in held:
+                checked[place] += check(views)
+
+        threads = [threading.Thread(target=read, args=[place]) for place in range(4)]
+        for thread in threads:
+            thread.start()
+        with Receiver.bind(("127.0.0.1", 0)) as sender:
+            for first in range(0, total, 50):
+                sender.send([content(number) for number in range(first, first + 50)], receiver.address)
+                while receiver.statistics().datagrams < first - 2000:
+                    time.sleep(0.001)
+        for thread in threads:
+            thread.join()
+        assert receiver.drops == 0
+    assert not wrong
+    assert sum(checked) == total
+
+
+def test_an_arena_goes_back_when_the_last_of_many_holders_is_gone(pair: tuple[Receiver, socket.socket]) -> None:
+    receiver, sock = pair
+    batch = batch_of(pair, b"abcdefgh")
+    array = batch.records("u4")
+    holders: list[object] = [array, array[:1], batch[0], memoryview(batch[0])[1:], batch.arrow(),
+                             batch.__arrow_c_array__(), np.frombuffer(batch[0], "u2").reshape(2, 2).T]  # fmt: skip
+    del array
+    batch.release()
+    random.Random(1).shuffle(holders)
+    address = batch_of(pair, b"x").data.__array_interface__["data"][0]
+    while holders:
+        taken = [receiver.recv(0) for _ in range(receiver.arenas - 1)]
+        with pytest.raises(BufferError):
+            receiver.recv(0)
+        del taken
+        holders.pop()
+        gc.collect()
+    taken = [receiver.recv(0) for _ in range(receiver.arenas)]
+    assert address in [each.data.__array_interface__["data"][0] for each in taken]
+    sock.send(b"x")
