@@ -1,4 +1,4 @@
-# make setup | bench | test | lint | wheel: each does whatever of the set-up is missing first.
+# make setup | bench | compare | test | proof | lint | sanitize | wheel: each does whatever of the set-up is missing first.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,13 +7,17 @@ PACKAGES := clang gcc libbpf-dev libc6-dev libelf-dev linux-perf llvm pkg-config
 SOURCES := $(wildcard fastrecv/_*/*.pyx fastrecv/_*/*.pxd bpf/*.c bpf/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: bench test lint setup packages wheel microbench sanitize
+.PHONY: bench test proof lint setup packages wheel microbench sanitize
 
 bench: setup
 	$(BIN)/python -m fastrecv.bench --flood udp
 
 test: setup
 	$(BIN)/python -m pytest
+
+# What takes minutes: ten million datagrams through one Receiver.
+proof: setup
+	$(BIN)/python -m pytest -m proof -s
 
 lint: setup
 	$(BIN)/ruff check .

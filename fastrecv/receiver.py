@@ -180,9 +180,9 @@ class Receiver:
             columns |= _COLUMNS.get(feature, 0)
         self._reader = Reader(sock.fileno(), sock.family, batch_size, slot_size, arenas, max_arenas,
                               room, columns, "gro" in on, "drops" in on)  # fmt: skip
-        self._replier = Replier(sock)
-        self._owned = False
-        self.socket = sock
+        self.socket = sock.dup()
+        self._replier = Replier(self.socket, bool(on & {"destinations", "destination_ports"}))
+        self._named = False  # whether a path of the file system is ours to remove
         self.features = frozenset(on)
 
     @classmethod
@@ -217,7 +217,8 @@ class Receiver:
         except BaseException:
             sockets.close(sock)
             raise
-        made._owned = True
+        sock.close()  # the Receiver has its own descriptor
+        made._named = True
         return made
 
     def recv(self, timeout: float | None = None) -> Batch:
@@ -338,8 +339,10 @@ class Receiver:
         """
         self._reader.close()
         self._replier.close()
-        if self._owned:
+        if self._named:
             sockets.close(self.socket)
+        else:
+            self.socket.close()
 
     def __enter__(self) -> Self:
         return self

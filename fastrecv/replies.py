@@ -32,11 +32,14 @@ _MAPPED = np.frombuffer(bytes(10) + b"\xff\xff", np.uint8)  # ::ffff:0:0/96, RFC
 class Replier:
     """Sends the answers of one Receiver. unanswered : how many the kernel has refused."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, from_anywhere: bool) -> None:
+        """from_anywhere : answers name the address they are to leave from."""
         self.unanswered = 0
         self._socket = sock
         self._raw: dict[int, socket.socket | None] = {}  # by family; None: not permitted
         self._bound: OrderedDict[tuple[Any, ...], socket.socket] = OrderedDict()
+        if from_anywhere and sock.family == socket.AF_INET6:
+            _may_use_any_local(sock)  # IPv4 asks the routes anyway
 
     def reply(self, fd: int, batch: Batch, payloads: Batch | Sequence[Buffer | None], timeout: float | None) -> int:
         """Receiver.reply, out of the Receiver's own descriptor where that can be."""
@@ -134,10 +137,11 @@ class Replier:
 
 
 def _may_use_any_local(sock: socket.socket) -> None:
-    """Let addresses of a local route be used that no interface has (IP_FREEBIND, ip(7))."""
-    sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+    """Let addresses of a local route be used that no interface has (IP_FREEBIND, ip(7); IPV6_FREEBIND, Linux 4.15)."""
     if sock.family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
 
 
 def _mapped(addresses: NDArray[np.uint8]) -> NDArray[np.bool_]:
