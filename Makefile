@@ -12,6 +12,7 @@ SOURCES := $(wildcard fastrecv/_*/*.pyx fastrecv/_*/*.pxd bpf/*.c bpf/*.h)
 bench: setup
 	$(BIN)/python -m fastrecv.bench --flood udp
 
+test: PACKAGES += bind9-dnsutils ngtcp2-client # real clients for the services that the tests run
 test: setup
 	$(BIN)/python -m pytest
 
@@ -23,6 +24,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pyright tests/typing
 
 # Microseconds per call of what Python does around the kernel (pytest-benchmark).
 microbench: setup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import warnings
@@ -284,6 +285,19 @@ class Receiver:
     def fileno(self) -> int:
         """The descriptor to poll for readability."""
         return self._reader.fileno()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[tuple[int, ...]]:
+        """Descriptors for somebody else's event loop: any of them is readable when recv_nowait has something to say.
+
+        They stay open while the block lasts, even when close() is called meanwhile, which makes one of them readable. A
+        loop that watched fileno() alone would not be woken by close(), and would be left with a number that is no more.
+        """
+        descriptors = self._reader.enter()
+        try:
+            yield descriptors
+        finally:
+            self._reader.leave()
 
     def statistics(self) -> Statistics:
         """Counters, also readable when closed."""

@@ -12,4 +12,4 @@ cdef class Reader:
     cdef long long total_drops
     cdef readonly long long batches, datagrams, bytes, truncated, control_truncated
     cdef void advance(self, uint32_t drops) noexcept
-    cdef int leave(self) except -1
+    cpdef int leave(self) except -1

@@ -218,11 +218,21 @@ cdef int fill(int fd, Arena *arena, Round *round) noexcept nogil:
     return count
 
 
+cdef void forget_errors(int fd) noexcept nogil:
+    """Empty the error queue of a socket with IP_RECVERR, which polls as ready until that is done; ip(7).
+
+    The errors themselves have come from recvmmsg by now.
+    """
+    cdef msghdr nothing
+    memset(&nothing, 0, sizeof(nothing))
+    while recvmsg(fd, &nothing, MSG_ERRQUEUE | MSG_DONTWAIT) >= 0:
+        pass
+
+
 cdef int wait(int fd, int wake, double seconds) noexcept nogil:
     """Wait until something may be received, the receiver is closed, a signal comes or the time is over."""
     cdef pollfd[2] polled
     cdef timespec limit
-    cdef msghdr nothing
     limit.tv_sec = <long>seconds
     limit.tv_nsec = <long>((seconds - limit.tv_sec) * 1e9)
     polled[0].fd = fd
@@ -230,11 +240,6 @@ cdef int wait(int fd, int wake, double seconds) noexcept nogil:
     polled[0].events = polled[1].events = <short>POLLIN
     if ppoll(polled, 2, &limit, NULL) < 0:
         return -errno
-    if polled[0].revents & POLLERR:
-        # A socket with IP_RECVERR keeps reporting until its error queue is empty; the error itself comes from recvmmsg.
-        memset(&nothing, 0, sizeof(nothing))
-        while recvmsg(fd, &nothing, MSG_ERRQUEUE | MSG_DONTWAIT) >= 0:
-            pass
     return 0
 
 
@@ -316,6 +321,8 @@ cdef class Reader:
             while True:
                 with nogil:
                     count = fill(self.fd, arena, &round)
+                    if count == -EAGAIN:
+                        forget_errors(self.fd)
                 if count > 0:
                     break
                 if count == -EINTR:
@@ -344,6 +351,13 @@ cdef class Reader:
                 self.advance(round.drops)
         return new_batch(held, self.total_drops if self.counting else -1)
 
+    def enter(self):
+        """Two descriptors to wait for, which stay open until leave(): the socket's, and one that tells of close()."""
+        if self.closed:
+            raise closed_error()
+        self.inside += 1
+        return self.fd, self.wake
+
     cdef void advance(self, uint32_t drops) noexcept:
         """Carry the kernel's 32-bit counter on in 64; a second thread may bring an older reading."""
         cdef int32_t more = <int32_t>(drops - self.last_drops)
@@ -360,8 +374,8 @@ cdef class Reader:
                 os.write(self.wake, (1).to_bytes(8, "little"))  # never read: it wakes them all
             self.leave()
 
-    cdef int leave(self) except -1:
-        """A thread is done with the descriptors; the last one after close() closes them."""
+    cpdef int leave(self) except -1:
+        """Somebody is done with the descriptors; the last one after close() closes them."""
         self.inside -= 1
         if self.closed and self.inside == 0:
             for fd in (self.fd, self.wake):

@@ -15,7 +15,7 @@ from fastrecv._recv.batch cimport Batch
 from fastrecv._recv.linux cimport *
 from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, EMSGSIZE, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 cnp.import_array()
@@ -321,13 +321,17 @@ def send(int fd, payloads, to, source=None, chosen=None, *, bint raw=False, bint
     that the kernel refuses. timeout : seconds to wait for room in the send buffer; None for ever.
     """
     cdef Letters letters = Letters(payloads, to, source, chosen)
-    cdef Outbox *outbox = <Outbox *>calloc(1, sizeof(Outbox))
+    cdef Outbox *outbox = <Outbox *>malloc(sizeof(Outbox))  # written as far as it is used
     cdef double deadline = math.inf if timeout is None else time.monotonic() + timeout
     cdef double seconds
-    cdef bint trains = not raw
+    cdef int domain = AF_UNIX
+    cdef socklen_t size = sizeof(domain)
+    cdef bint trains
     cdef int row = 0, messages, done, i, code, failed = 0, first = 0
     if outbox == NULL:
         raise MemoryError
+    getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size)
+    trains = not raw and domain != AF_UNIX
     try:
         while row < letters.count:
             with nogil:

@@ -11,17 +11,11 @@ import contextlib
 import os
 import socket
 import stat
-import struct
-import warnings
-from asyncio.log import logger
-from asyncio.trsock import TransportSocket
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, Unpack
 
-import numpy as np
-
-from fastrecv._recv import ENDPOINT, Batch
+from fastrecv._recv import Batch
+from fastrecv.adapters.sending import Sender
 from fastrecv.receiver import Options, Receiver
 from fastrecv.sockets import Address
 
@@ -30,11 +24,8 @@ __all__ = ["Transport", "create_datagram_endpoint"]
 P = TypeVar("P", bound=asyncio.BaseProtocol)
 _Pair = tuple[tuple[int, int], tuple[Any, Any]]  # (family, proto), (local address, remote address)
 
+_LARGEST = 256 * 1024  # bytes of an AF_UNIX datagram that asyncio reads
 _RETRY = 0.01  # seconds until arenas are asked for again when all are held
-_OUTBOX = 256  # replies that are collected at most: what one sendmmsg(2) of _recv takes
-_OVERHEAD = 8  # bytes that a buffered datagram counts beside its own, so that empty ones fill the buffer, too
-_PATIENCE = 5  # datagrams sent after the end before it is logged, as asyncio does
-_FOUR, _SIX = struct.Struct("=10xH4sHHI"), struct.Struct("=16sHHI")  # rows of ENDPOINT
 
 
 async def create_datagram_endpoint(
@@ -67,6 +58,8 @@ async def create_datagram_endpoint(
         if sock.type != socket.SOCK_DGRAM:
             raise ValueError(f"A UDP Socket was expected, got {sock!r}")
         sock.setblocking(False)
+    if sock.family == socket.AF_UNIX:
+        options.setdefault("slot_size", _LARGEST)
     with contextlib.ExitStack() as undo:
         if given is None:
             undo.callback(sock.close)
@@ -149,60 +142,30 @@ def _remove_stale(path: str) -> None:
             os.unlink(path)  # noqa: PTH108
 
 
-class Transport(asyncio.DatagramTransport):
+class Transport(Sender):
     """A datagram transport that reads batches; made by create_datagram_endpoint."""
-
-    _sock: socket.socket | None = None
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         sock: socket.socket,
         receiver: Receiver,
-        protocol: Any,
+        protocol: asyncio.BaseProtocol,
         remote: Address | None,
         started: asyncio.Future[None],
     ) -> None:
-        peer: Any = None
-        with contextlib.suppress(OSError):
-            peer = sock.getpeername()
-        super().__init__(
-            {"socket": TransportSocket(sock), "sockname": sock.getsockname(), "peername": peer, "receiver": receiver}
-        )
-        self._loop = loop
-        self._sock = sock
-        self._fd = sock.fileno()
-        self._family = int(sock.family)
-        self._receiver = receiver
-        self._remote = remote
-        self._connected = peer is not None
-        self.set_protocol(protocol)
+        super().__init__(loop, sock, receiver, protocol, remote)
         self._rest: Iterator[tuple[bytes, Any]] | None = None  # of the batch that is being delivered
         self._retry: asyncio.TimerHandle | None = None  # while all arenas are held
-        self._paused = self._closing = self._lost = False
-        self._late = 0
-        self._collecting = False
-        self._replies: list[tuple[bytes, Any]] = []
-        self._names: list[bytes] = []  # their destinations, as _recv takes them
-        self._buffer: deque[tuple[bytes, Any]] = deque()
-        self._size = 0
-        self._writing_paused = False
-        self._low, self._high = _limits(None, None)
-        loop.call_soon(protocol.connection_made, self)
+        self._paused = False
+        loop.call_soon(self._protocol.connection_made, self)
         loop.call_soon(self._start_reading)
         loop.call_soon(_set, started)
 
-    def get_protocol(self) -> asyncio.BaseProtocol:
-        protocol: asyncio.BaseProtocol = self._protocol
-        return protocol
-
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """From the next batch on; what is left of one goes to datagram_received."""
-        self._protocol: Any = protocol
+        super().set_protocol(protocol)
         self._batched = hasattr(protocol, "datagrams_received")
-
-    def is_closing(self) -> bool:
-        return self._closing
 
     def is_reading(self) -> bool:
         return not (self._closing or self._paused)
@@ -223,6 +186,12 @@ class Transport(asyncio.DatagramTransport):
     def _start_reading(self) -> None:
         if self.is_reading():
             self._loop.add_reader(self._fd, self._read_ready)
+
+    def _stop_reading(self) -> None:
+        super()._stop_reading()
+        self._loop.remove_reader(self._fd)
+        if self._retry is not None:
+            self._retry.cancel()
 
     def _read_ready(self) -> None:
         """One wake-up: what is left of the last batch, or one more."""
@@ -257,7 +226,7 @@ class Transport(asyncio.DatagramTransport):
             else:
                 self._protocol.error_received(error)
             return None
-        except Exception as error:  # noqa: BLE001 - asyncio ends a transport that cannot read
+        except Exception as error:
             self._fatal_error(error, "Fatal read error on datagram transport")
             return None
         if self._retry is not None:
@@ -288,129 +257,7 @@ class Transport(asyncio.DatagramTransport):
         self._loop.remove_reader(self._fd)
         self._retry = self._loop.call_later(_RETRY, self._read_ready)
 
-    def sendto(self, data: bytes | bytearray | memoryview, addr: Any = None) -> None:
-        """Send now, or at the end of the wake-up where this answers a batch; what finds no room is buffered."""
-        if not isinstance(data, (bytes, bytearray, memoryview)):
-            raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
-        if self._remote:
-            if addr not in (None, self._remote):
-                raise ValueError(f"Invalid address: must be None or {self._remote}")
-            addr = self._remote
-        if self._lost:
-            self._late += 1
-            if self._late == _PATIENCE:
-                logger.warning("%r: datagrams are sent after its end", self)
-        elif self._buffer:
-            self._enqueue(bytes(data), addr)
-        elif self._collecting and (name := self._name(addr)) is not None:
-            self._replies.append((bytes(data), addr))
-            self._names.append(name)
-            if len(self._replies) == _OUTBOX:
-                self._flush()
-        else:
-            self._flush()
-            self._send(data, addr)
 
-    def _name(self, address: Any) -> bytes | None:
-        """The address as _recv takes it; None where the socket module has to look at it: host names, mistakes."""
-        if self._connected:
-            return b""
-        try:
-            if self._family == socket.AF_INET:
-                host, port = address
-                return _FOUR.pack(0xFFFF, socket.inet_aton(host), port, socket.AF_INET, 0)
-            if self._family == socket.AF_INET6:
-                host, port, flow, scope = (*address, 0, 0)[:4]
-                return None if flow else _SIX.pack(socket.inet_pton(socket.AF_INET6, host), port, socket.AF_INET6, scope)
-            path = os.fsencode(address)
-        except (OSError, TypeError, ValueError, struct.error):
-            return None
-        return path if 0 < len(path) < _LONGEST else None
-
-    def _flush(self) -> None:
-        """Send what was collected, in order; one that is refused is reported, and the others go on."""
-        replies, self._replies = self._replies, []
-        names, self._names = self._names, []
-        done = 0
-        while done < len(replies):
-            to: Any = names[done:]
-            if self._connected:
-                to = None
-            elif self._family != socket.AF_UNIX:
-                to = np.frombuffer(b"".join(to), ENDPOINT)
-            try:
-                sent = self._receiver.send([data for data, _ in replies[done:]], to, 0)
-            except OSError as error:
-                self._call("error_received", error)
-                sent = 1
-            if not sent:
-                break
-            done += sent
-        for data, address in replies[done:]:
-            self._enqueue(data, address)
-
-    def _send(self, data: bytes | bytearray | memoryview, address: Any) -> None:
-        if self._buffer:  # a flush just before has filled it
-            self._enqueue(bytes(data), address)
-            return
-        try:
-            self._transmit(data, address)
-        except (BlockingIOError, InterruptedError):
-            self._enqueue(bytes(data), address)
-        except OSError as error:
-            self._protocol.error_received(error)
-        except Exception as error:
-            self._fatal_error(error, "Fatal write error on datagram transport")
-
-    def _transmit(self, data: bytes | bytearray | memoryview, address: Any) -> None:
-        assert self._sock is not None
-        if self._connected:
-            self._sock.send(data)
-        else:
-            self._sock.sendto(data, address)
-
-    def _enqueue(self, data: bytes, address: Any) -> None:
-        if not self._buffer:
-            self._loop.add_writer(self._fd, self._write_ready)
-        self._buffer.append((data, address))
-        self._size += len(data) + _OVERHEAD
-        self._pause_writing()
-
-    def _write_ready(self) -> None:
-        while self._buffer:
-            data, address = self._buffer[0]
-            try:
-                self._transmit(data, address)
-            except (BlockingIOError, InterruptedError):
-                break
-            except OSError as error:
-                self._call("error_received", error)
-            except Exception as error:
-                self._fatal_error(error, "Fatal write error on datagram transport")
-                return
-            if self._lost
-                return
-            self._buffer.popleft()
-            self._size -= len(data) + _OVERHEAD
-        if self._writing_paused and self._size <= self._low:
-            self._writing_paused = False
-            self._call("resume_writing")
-        if not self._buffer:
-            self._loop.remove_writer(self._fd)
-            if self._closing:
-                self._end(None)
-
-    def get_write_buffer_size(self) -> int:
-        return self._size
-
-    def get_write_buffer_limits(self) -> tuple[int, int]:
-        return self._low, self._high
-
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        self._low, self._high = _limits(high, low)
-        self._pause_writing()
-
-    def _pause_writing(self) -> None:
-        if self._size > self._high and not self._writing_paused:
-            self._writing_paused = True
-            self._call("pause_writing")
+def _set(started: asyncio.Future[None]) -> None:
+    if not started.done():
+        started.set_result(None)

@@ -48,7 +48,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / "source"
     ignored = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "build", "dist", "objects", "*.c~")
     shutil.copytree(ROOT, source, ignore=ignored)
-    for generated in (source / "fastrecv/_bpf").glob("*.c"):
+    for generated in (source / "fastrecv").glob("_*/*.c"):
         generated.unlink()
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", folder, source)
     (archive,) = folder.glob("*.tar.gz")
@@ -89,14 +89,17 @@ def test_the_sdist_has_sources_and_objects_and_nothing_built_for_this_machine(sd
     assert OBJECTS
     assert names >= OBJECTS | {f"bpf/{path.name}" for path in (ROOT / "bpf").iterdir()}
     assert names >= {"LICENSE", "README.md", "fastrecv/_bpf/maps.pyx", "fastrecv/_bpf/libbpf.pxd", "fastrecv/py.typed",
-                     "fastrecv/bench/letter.toml", "fastrecv/bench/report.html.j2"}  # fmt: skip
-    assert not [name for name in names if name.endswith((".so", ".c")) and not name.startswith("bpf/")]
+                     "fastrecv/_recv/batch.pyx", "fastrecv/_recv/linux.pxd", "fastrecv/bench/letter.toml",
+                     "fastrecv/bench/limit.c", "fastrecv/bench/report.html.j2"}  # fmt: skip
+    ours = ("bpf/", "fastrecv/bench/")
+    assert not [name for name in names if name.endswith((".so", ".c")) and not name.startswith(ours)]
 
 
 def test_the_wheel_has_objects_data_and_types(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert names >= OBJECTS | {"fastrecv/py.typed", "fastrecv/_bpf/__init__.pyi", "fastrecv/bench/letter.toml",
+    assert names >= OBJECTS | {"fastrecv/py.typed", "fastrecv/_bpf/__init__.pyi", "fastrecv/_recv/__init__.pyi",
+                               "fastrecv/adapters/asyncio.py", "fastrecv/bench/letter.toml", "fastrecv/bench/limit.c",
                                "fastrecv/bench/report.html.j2"}  # fmt: skip
     assert not [name for name in names if name.startswith(("tests/", "bench/", "bpf/"))]
 
@@ -137,12 +140,18 @@ def test_the_released_wheel_measures(repaired: Path, without_clang: dict[str, st
     assert "udp4: UDP, IPv4, zero length" in done.stdout
 
 
-def test_where_libbpf_is_absent_the_import_says_what_to_install(wheel: Path, tmp_path: Path) -> None:
+def test_where_libbpf_is_absent_batches_are_received_and_bpf_says_what_to_install(wheel: Path, tmp_path: Path) -> None:
     python = install(tmp_path / "venv", wheel)
     tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for extension in (tmp_path / "venv").glob("lib/*/site-packages/fastrecv/_bpf/*.so"):
         run("patchelf", "--replace-needed", "libbpf.so.1", "libbpf-absent.so.1", extension, env=tools)
-    run(python, "-c", "import fastrecv, fastrecv.errors, fastrecv.sockets", cwd=tmp_path)
+    program = (
+        "import fastrecv, sys\n"
+        "with fastrecv.Receiver.bind(('127.0.0.1', 0)) as receiver:\n"
+        "    receiver.send([b'one', b'two'], receiver.address)\n"
+        "    print([bytes(view) for view, _ in receiver.recv(5)], 'fastrecv.bpf' in sys.modules)\n"
+    )
+    assert run(python, "-c", program, cwd=tmp_path) == "[b'one', b'two'] False\n"
     done = subprocess.run(
         [python, "-c", "import fastrecv.bpf"], capture_output=True, text=True, check=False, cwd=tmp_path
     )

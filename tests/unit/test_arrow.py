@@ -25,7 +25,7 @@ COLUMNS = ["payload", "length", "source_address", "source_port", "destination_ad
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
     features = ("timestamps", "hardware_timestamps", "destinations", "destination_ports", "tos")
-    with Receiver.bind(("127.0.0.1", 0), **dict.fromkeys(features, True)) as made:  # type: ignore[arg-type] # every one is a bool
+    with Receiver.bind(("127.0.0.1", 0), **dict.fromkeys(features, True)) as made:
         yield made
 
 

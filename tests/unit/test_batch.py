@@ -91,10 +91,10 @@ def test_records_mask_what_is_too_short_and_never_read_past_it(pair: tuple[Recei
     batch = batch_of(pair, b"12345", b"123456")
     records = batch.records(HEADER)
     assert isinstance(records, np.ma.MaskedArray)
-    assert records.mask["kind"].tolist() == [True, False]
+    assert np.ma.getmaskarray(records["kind"]).tolist() == [True, False]
     assert records.data[0].tobytes() == bytes(6)
     assert records.data[1].tobytes() == b"123456"
-    assert batch.records("u1", offset=5).mask.tolist() == [True, False]
+    assert np.ma.getmaskarray(batch.records("u1", offset=5)).tolist() == [True, False]
     assert batch.records("u1", offset=4).tolist() == [ord("5")] * 2
 
 
@@ -138,7 +138,7 @@ def test_a_copy_has_every_column_and_holds_no_arena() -> None:
         ("timestamps", "hardware_timestamps", "destinations", "destination_ports", "tos", "drops"), True
     )
     with (
-        Receiver.bind(("::", 0), arenas=1, **features) as receiver,  # type: ignore[arg-type] # every one is a bool
+        Receiver.bind(("::", 0), arenas=1, **features) as receiver,
         socket.socket(type=socket.SOCK_DGRAM) as sock,
     ):
         sock.connect(("127.0.0.1", receiver.address[1]))

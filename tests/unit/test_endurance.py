@@ -36,7 +36,8 @@ def descriptors() -> int:
 @pytest.mark.parametrize("total", [100_000, pytest.param(10_000_000, marks=pytest.mark.proof)])
 def test_every_checksum_is_right_and_nothing_is_leaked(total: int, gro: bool) -> None:
     draw = random.Random(total)
-    before, first, levels = descriptors(), 0, []
+    before, first = descriptors(), 0
+    levels: list[int] = []
     held: list[tuple[memoryview, int]] = []
     where = ("127.0.0.1", 0)
     with (

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fastrecv import ENDPOINT, Receiver, sockets
+from fastrecv.replies import Buffer
 
 EVERY = ["0.0.0.0", "::"]  # noqa: S104 - the sockets of these tests, by port
 FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
@@ -26,7 +27,7 @@ def test_one_payload_each_to_addresses_of_their_own(host: str) -> None:
         sinks = [socket.socket(FAMILIES[host], socket.SOCK_DGRAM) for _ in range(3)]
         for sink in sinks:
             sink.bind((host, 0))
-        payloads = [b"a", bytearray(b"bb"), memoryview(b"ccc")]
+        payloads: list[Buffer] = [b"a", bytearray(b"bb"), memoryview(b"ccc")]
         addresses = [sink.getsockname() for sink in sinks]
         assert sender.send(payloads, addresses) == 3
         assert sender.send([np.frombuffer(b"dddd", np.uint8)] * 3, sockets.endpoints(addresses)) == 3
@@ -77,6 +78,14 @@ def test_a_connected_socket_needs_no_destination() -> None:
         with Receiver(sock) as sender:
             assert sender.send([b"a", b"b"]) == 2
         assert [bytes(view) for view, _ in receiver.recv(5)] == [b"a", b"b"]
+
+
+def test_datagrams_of_a_connected_unix_pair_stay_apart() -> None:
+    """The kernel ignores UDP_SEGMENT there, and would join a run."""
+    first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with first, second, Receiver(first) as sender, Receiver(second) as receiver:
+        assert sender.send([b"%d" % i for i in range(9)]) == 9
+        assert [bytes(view) for view, _ in receiver.recv(5)] == [b"%d" % i for i in range(9)]
 
 
 def test_the_count_says_how_many_left_before_one_was_refused() -> None:
