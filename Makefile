@@ -7,7 +7,7 @@ PACKAGES := clang gcc libbpf-dev libc6-dev libelf-dev linux-perf llvm pkg-config
 SOURCES := $(wildcard fastrecv/_*/*.pyx fastrecv/_*/*.pxd bpf/*.c bpf/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: bench test proof lint setup packages wheel microbench sanitize
+.PHONY: bench compare test proof lint setup packages wheel microbench sanitize
 
 bench: setup
 	$(BIN)/python -m fastrecv.bench --flood udp
@@ -15,6 +15,12 @@ bench: setup
 test: PACKAGES += bind9-dnsutils ngtcp2-client # real clients for the services that the tests run
 test: setup
 	$(BIN)/python -m pytest
+
+# Every receiver against a C loop, interleaved (a minute and a half); then the same in pytest-benchmark's tables.
+compare: setup
+	$(BIN)/python -m fastrecv.bench receive --json bench/results/receive.json --plot bench/receive.svg >bench/receive.md
+	cat bench/receive.md
+	$(BIN)/python -m pytest bench/test_receive.py --benchmark-columns=min,median,iqr,rounds
 
 # What takes minutes: ten million datagrams through one Receiver.
 proof: setup

@@ -6,7 +6,6 @@ Exit codes: 0 measured; 1 a gate failed; 2 usage; 77 a privilege or a kernel fea
 from __future__ import annotations
 
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastrecv.bench import compare as comparing
-from fastrecv.bench import results, runner, stats, tables
+from fastrecv.bench import receive_cli, receive_results, results, runner, stats, tables
+from fastrecv.bench.arguments import STDOUT, one_cpu, refuse_twice, writable_file
 from fastrecv.bench.floods import FLOODS, MAX_SOURCES
 from fastrecv.bench.lab import BenchBusyError
 from fastrecv.bench.prefixes import MAX_ENTRIES
@@ -40,35 +40,9 @@ _SCALE = "1,10,200,1000,10000,100000"
 _SCALE_SECONDS = 40.0
 
 
-_STDOUT = Path("-")
-
-
-def _file(_context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """Refuse a file that cannot be written before the measurement, not after it."""
-    if value is None or (value == _STDOUT and parameter.name == "json_file"):
-        return value
-    try:
-        existed = value.exists()
-        value.open("ab").close()
-        if not existed:
-            value.unlink()
-    except OSError as error:
-        raise click.BadParameter(f"{value} cannot be written: {error.strerror}") from None
-    return value
-
-
 def _finite(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is no number of seconds")
-    return value
-
-
-def _cpu(_context: click.Context, _parameter: click.Parameter, value: int | None) -> int:
-    allowed = os.sched_getaffinity(0)
-    if value is None:
-        return max(allowed)
-    if value not in allowed:
-        raise click.BadParameter(f"CPU {value} is not one of {sorted(allowed)}")
     return value
 
 
@@ -101,10 +75,12 @@ def _measuring(command: Callable[..., Any]) -> Callable[..., Any]:
                          help="Source ports of the flood."),
             click.option("--seed", type=click.IntRange(0), default=1, show_default=True,
                          help="Of the order within blocks and of the rule sets."),
-            click.option("--cpu", type=int, callback=_cpu, help="The CPU that takes the flood.  [default: the last]"),
-            click.option("--json", "json_file", type=writable, callback=_file, help="Keep the result; - is stdout."),
-            click.option("--report", type=writable, callback=_file, help="Write one self-contained HTML page."),
-            click.option("--plot", type=writable, callback=_file, help="Write the main plot as SVG."),
+            click.option("--cpu", type=int, callback=one_cpu,
+                         help="The CPU that takes the flood.  [default: the last]"),
+            click.option("--json", "json_file", type=writable, callback=writable_file,
+                         help="Keep the result; - is stdout."),
+            click.option("--report", type=writable, callback=writable_file, help="Write one self-contained HTML page."),
+            click.option("--plot", type=writable, callback=writable_file, help="Write the main plot as SVG."),
         ]
     ):  # fmt: skip
         command = option(command)
@@ -220,15 +196,28 @@ def compare(context: click.Context, /, first: Path, second: Path, as_json: bool)
 
 @bench.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), callback=_file, help="Write the HTML page.")
 @click.option(
-    "--plot", type=click.Path(dir_okay=False, path_type=Path), callback=_file, help="Write the main plot as SVG."
+    "--report", type=click.Path(dir_okay=False, path_type=Path), callback=writable_file, help="Write the HTML page."
+)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=writable_file,
+    help="Write the main plot as SVG.",
 )
 def show(file: Path, report: Path | None, plot: Path | None) -> None:
     """Print the tables of a kept result again."""
+    if receive_results.is_one(file):
+        if report:
+            raise click.UsageError("a result of `receive` has no HTML page: take --plot")
+        receive_cli.show(file, plot)
+        return
     result = results.load(file)
     click.echo(tables.render(result))
     _write(result, report, plot)
+
+
+bench.add_command(receive_cli.command)
 
 
 def _write(result: Result, report: Path | None, plot: Path | None) -> None:
@@ -245,12 +234,10 @@ def _write(result: Result, report: Path | None, plot: Path | None) -> None:
 def _measure(plan: Plan, options: dict[str, Any]) -> int:
     """Run the plan, print the tables, write the files that the options name; the exit code."""
     json_file = options["json_file"]
-    files = [path for path in (json_file, options["report"], options["plot"]) if path]
-    if len(set(files)) < len(files):
-        raise click.UsageError("the same file is named twice")
+    refuse_twice(json_file, options["report"], options["plot"])
     with _Progress(plan.flood_seconds) as progress:
         result = runner.run(plan, progress)
-    if json_file == _STDOUT:
+    if json_file == STDOUT:
         click.echo(results.encode(result))
     else:
         if json_file:

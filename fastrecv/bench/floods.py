@@ -166,14 +166,31 @@ class Source:
         XDP_PASS, XDP_DROP: in the host's namespace, as if arriving on host0. XDP_TX: in the far one, out of far0.
         Returns the mean ns a frame took, by the kernel's clock.
         """
+        while True:
+            time = self._run(verdict, packets)
+            if time is not None:
+                return time
+
+    def deliver(self, packets: int) -> int:
+        """Send exactly `packets` frames into the host's stack, in its namespace; how many, by the program's own count.
+
+        Where `send` begins again after an interruption, this sends the rest.
+        """
+        before = self.frames
+        while (left := packets - (self.frames - before)) > 0:
+            self._run(XDP_PASS, left)
+        return self.frames - before
+
+    def _run(self, verdict: int, packets: int) -> int | None:
+        """One call into the kernel. None when it was interrupted: what was sent is in `frames`, the time is lost."""
         self._object.set(verdict=verdict)
         ifindex = self._lab.far_index if verdict == XDP_TX else self._lab.host_index
-        while True:
-            try:
-                return self._program.run_live(self._frame, ifindex, packets)
-            except BpfError as error:
-                if error.errno != EINTR:  # stopped and continued: what was sent is in `frames`, the time is lost
-                    raise
+        try:
+            return self._program.run_live(self._frame, ifindex, packets)
+        except BpfError as error:
+            if error.errno != EINTR:  # else: stopped and continued
+                raise
+            return None
 
     def close(self) -> None:
         self._object.close()

@@ -10,10 +10,13 @@ import asyncio
 import contextlib
 import importlib
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from fastrecv import Receiver
@@ -36,14 +39,18 @@ _ADAPTER = "fastrecv.adapters.asyncio"
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to receive. slow : so slow that it gets fewer datagrams. libraries : modules that it needs."""
+    """One way to receive. libraries : modules that it needs.
+
+    warm : datagrams of the drain before, which is not timed: enough to touch all memory that the next will use, which
+    for a Receiver is two arenas.
+    """
 
     name: str
     title: str
     kind: Kind
     open: Callable[[socket.socket], AbstractContextManager[Ready]]
-    slow: bool = False
     libraries: tuple[str, ...] = ()
+    warm: int = 256
 
 
 def missing(contender: Contender) -> str:
@@ -196,7 +203,9 @@ def _endpoint(
     """A datagram endpoint of an event loop on the socket: the loop's own, or the adapter's."""
     loop: asyncio.AbstractEventLoop = (importlib.import_module("uvloop") if uvloop else asyncio).new_event_loop()
     try:
-        create = importlib.import_module(_ADAPTER).create_datagram_endpoint if adapter else loop.create_datagram_endpoint
+        create = (
+            importlib.import_module(_ADAPTER).create_datagram_endpoint if adapter else loop.create_datagram_endpoint
+        )
         counting = protocol(loop)
 
         async def connect() -> asyncio.BaseTransport:
@@ -226,14 +235,37 @@ def _endpoint(
         loop.close()
 
 
+@contextlib.contextmanager
+def _process(sock: socket.socket) -> Iterator[Ready]:
+    """Stock asyncio in a process of its own; stock_asyncio.py says why."""
+    script = Path(__file__).with_name("stock_asyncio.py")
+    command = [sys.executable, "-I", str(script), str(sock.fileno())]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, pass_fds=[sock.fileno()]) as child:  # noqa: S603 - our own
+        assert child.stdin is not None
+        assert child.stdout is not None
+        tell, answers = child.stdin, child.stdout
+
+        def ready(expected: int) -> Callable[[], int]:
+            def drain() -> int:
+                tell.write(f"{expected}\n")
+                tell.flush()
+                return int(answers.readline() or 0)
+
+            return drain
+
+        yield ready
+
+
 BASICS = (
     Contender("c-loop", "C loop (recvmmsg)", "limit", _c_loop),
     Contender("recvfrom", "socket.recvfrom", "python", _recvfrom),
     Contender("recvfrom-into", "socket.recvfrom_into", "python", _recvfrom_into),
     Contender("recv-into", "socket.recv_into (no source)", "python", _recv_into),
     Contender("recvmsg-into", "socket.recvmsg_into", "python", _recvmsg_into),
-    Contender("asyncio", "asyncio", "asyncio", _endpoint, slow=True),
-    Contender("uvloop", "uvloop", "asyncio", partial(_endpoint, uvloop=True), slow=True, libraries=("uvloop",)),
+    Contender("asyncio", "asyncio, in a process of its own", "asyncio", _process),
+    Contender("asyncio-here", "asyncio, in this process", "asyncio", _endpoint),
+    Contender("uvloop", "uvloop", "asyncio", partial(_endpoint, uvloop=True), libraries=("uvloop",)),
     Contender("receiver", "Receiver.recv", "fastrecv", _receiver),
     Contender("receiver-views", "Receiver, for view, source in batch", "fastrecv", _each_view),
     Contender("receiver-copies", "Receiver, batch.datagrams()", "fastrecv", _each_copy),
@@ -254,14 +286,20 @@ def again(name: str) -> Contender:
     return replace(original, name=f"{name}-again", title=f"{original.title} again (A/A)")
 
 
+def _slug(label: str) -> str:
+    return label.replace(" ", "-")
+
+
 def c_loop_with(label: str, **features: Unpack[Features]) -> Contender:
     """The C loop on a socket with these features on; it takes the control messages and does not read them."""
-    return Contender(f"c-loop-{label}", f"C loop, {label}", "limit", partial(_c_loop, **features))
+    return Contender(f"c-loop-{_slug(label)}", f"C loop, {label}", "limit", partial(_c_loop, **features))
 
 
 def receiver_with(label: str, **features: Unpack[Features]) -> Contender:
     """Receiver.recv with these features on."""
-    return Contender(f"receiver-{label}", f"Receiver.recv, {label}", "fastrecv", partial(_receiver, **features))
+    opened = partial(_receiver, **features)
+    warm = 3 * 64 * (64 if features.get("gro") else 1)  # batches of trains of so many datagrams
+    return Contender(f"receiver-{_slug(label)}", f"Receiver.recv, {label}", "fastrecv", opened, warm=warm)
 
 
 def in_sockmap(name: str) -> Contender:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastrecv.bench import cli, receive_plots, receive_results, receive_tables
+from fastrecv.bench import cli, receive, receive_plots, receive_results, receive_tables
 from fastrecv.bench.receive_groups import GROUPS
 from fastrecv.bench.receive_results import Comparison, Drained, Group, ReceiveResult, summarise
 from fastrecv.bench.results import Gate, ResultError
@@ -85,6 +85,16 @@ def test_a_round_that_was_cut_short_is_left_out_of_the_ratio() -> None:
                   comparisons=[Comparison(title="of the C loop", pairs={"recvfrom": "c-loop"})])  # fmt: skip
     summarise(group)
     assert group.comparisons[0].ratios[0].estimate == pytest.approx(0.5)
+
+
+def test_an_again_row_that_differs_is_warned_of() -> None:
+    pairs = {"c-loop-again": "c-loop", "receiver": "c-loop"}
+    rows = [row("c-loop", 500), row("c-loop-again", 520), row("receiver", 9)]
+    group = Group(name="x", title="x", payload=0, rows=rows,
+                  comparisons=[Comparison(title="of the C loop", pairs=pairs)])  # fmt: skip
+    summarise(group)
+    (warning,) = receive._noise(group)
+    assert warning.startswith("x: the A/A row is 3.8 % off, and its 95 % interval excludes 1")
 
 
 def test_the_median_is_over_rounds() -> None:
