@@ -32,9 +32,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/pyright tests/typing
 
-# Microseconds per call of what Python does around the kernel (pytest-benchmark).
+# Microseconds per call of the door to libbpf (pytest-benchmark).
 microbench: setup
-	$(BIN)/python -m pytest bench --benchmark-columns=min,median,iqr,rounds
+	$(BIN)/python -m pytest bench/test_maps.py --benchmark-columns=min,median,iqr,rounds
 
 # The C underneath, under AddressSanitizer and UndefinedBehaviorSanitizer: a build of its own, some minutes.
 sanitize: setup

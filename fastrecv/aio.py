@@ -37,7 +37,6 @@ class _Batches(AsyncIterator[Batch]):
             while not receiver.closed:
                 if len(batch := receiver.recv_nowait()):
                     return batch
-                del batch  # an empty one holds an arena, too
                 await _readable(receiver)
         except OSError:
             if not receiver.closed:  # else it was closed by a thread meanwhile

@@ -39,7 +39,7 @@ class ReceiverBackend(Protocol):
     def send(
         self,
         payloads: Batch | Sequence[Buffer],
-        destinations: NDArray[np.void] | Address | Sequence[Address] | None = None,
+        destinations: NDArray[np.void] | np.void | Address | Sequence[Address] | None = None,
         timeout: float | None = None,
     ) -> int: ...
 

@@ -21,7 +21,6 @@ from fastrecv.sockets import Address
 
 __all__ = ["Features", "Options", "Receiver", "Statistics"]
 
-_MAX_ARENA = (1 << 31) - 1  # bytes: Arrow's binary views have 32-bit offsets
 _MAX_ARENAS = 1 << 20
 
 
@@ -84,7 +83,9 @@ class _Setting(NamedTuple):
 _UNIX, _IP4, _IP6 = (socket.AF_UNIX,), (socket.AF_INET,), (socket.AF_INET6,)
 _IP = _IP4 + _IP6
 _ALL = _IP + _UNIX
-_RX_HARDWARE = 1 << 2 | 1 << 6  # SOF_TIMESTAMPING_RX_HARDWARE | RAW_HARDWARE, include/uapi/linux/net_tstamp.h
+# SOF_TIMESTAMPING_*, include/uapi/linux/net_tstamp.h
+_RX_HARDWARE = 1 << 2 | 1 << 6  # RX_HARDWARE | RAW_HARDWARE
+_TX = 1 << 0 | 1 << 1 | 1 << 8 | 1 << 9  # TX_HARDWARE | TX_SOFTWARE | TX_SCHED | TX_ACK
 
 # Numbers from include/uapi: asm-generic/socket.h, linux/in.h, linux/in6.h, linux/udp.h.
 _SETTINGS = (
@@ -92,8 +93,8 @@ _SETTINGS = (
     _Setting("timestamps", socket.SOL_SOCKET, 35, 0, 16, _ALL),  # SO_TIMESTAMPNS_OLD
     _Setting("hardware_timestamps", socket.SOL_SOCKET, 65, _RX_HARDWARE, 48, _IP, "Linux 5.1"),  # SO_TIMESTAMPING_NEW
     _Setting("hardware_timestamps", socket.SOL_SOCKET, 37, 0, 48, _IP),  # SO_TIMESTAMPING_OLD
-    _Setting("drops", socket.SOL_SOCKET, 40, 1, 4, _ALL),  # SO_RXQ_OVFL
-    _Setting("destinations", socket.IPPROTO_IP, 8, 1, 12, _IP4),  # IP_PKTINFO
+    _Setting("drops", socket.SOL_SOCKET, 40, 1, 4, _IP),  # SO_RXQ_OVFL
+    _Setting("destinations", socket.IPPROTO_IP, 8, 1, 12, _IP),  # IP_PKTINFO; on IPv6 it names what answers a group
     _Setting("destinations", socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1, 20, _IP6),
     _Setting("destination_ports", socket.IPPROTO_IP, 20, 1, 16, _IP),  # IP_RECVORIGDSTADDR
     _Setting("destination_ports", socket.IPPROTO_IPV6, 74, 1, 28, _IP6, "Linux 2.6.37"),  # IPV6_RECVORIGDSTADDR
@@ -101,10 +102,12 @@ _SETTINGS = (
     _Setting("tos", socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS, 1, 4, _IP6),
     _Setting("gro", socket.IPPROTO_UDP, 104, 1, 4, _IP, "Linux 5.0"),  # UDP_GRO
     # Not ours, but where they are on their messages need room beside ours.
-    _Setting("", socket.SOL_SOCKET, 29, 0, 16, _ALL),  # SO_TIMESTAMP
+    _Setting("", socket.SOL_SOCKET, 29, 0, 16, _ALL),  # SO_TIMESTAMP_OLD
+    _Setting("", socket.SOL_SOCKET, 63, 0, 16, _ALL),  # SO_TIMESTAMP_NEW
+    _Setting("", socket.SOL_SOCKET, 75, 0, 4, _ALL),  # SO_RCVMARK
+    _Setting("", socket.SOL_SOCKET, 82, 0, 4, _ALL),  # SO_RCVPRIORITY
     _Setting("", socket.SOL_SOCKET, socket.SO_PASSCRED, 0, 12, _UNIX),
     _Setting("", socket.IPPROTO_IP, 12, 0, 4, _IP),  # IP_RECVTTL
-    _Setting("", socket.IPPROTO_IP, 8, 0, 12, _IP6),  # IP_PKTINFO on a dual-stack socket
     _Setting("", socket.IPPROTO_IPV6, socket.IPV6_RECVHOPLIMIT, 0, 4, _IP6),
 )
 _COLUMNS = {"timestamps": 2, "hardware_timestamps": 4, "destinations": 8, "destination_ports": 8, "tos": 16}  # Column
@@ -118,15 +121,17 @@ def _apply(sock: socket.socket, asked: set[str]) -> tuple[set[str], int]:
         if sock.family not in setting.families:
             continue
         try:
-            if wanted:
-                sock.setsockopt(setting.level, setting.name, setting.value)
             value = sock.getsockopt(setting.level, setting.name)
+            if wanted:
+                sock.setsockopt(setting.level, setting.name, value | setting.value)
+                value = sock.getsockopt(setting.level, setting.name)
         except OSError as error:
             if wanted:
                 raise NotSupported(setting.option, setting.requires, error.errno or 0, error.strerror or "") from error
             continue
         if value:
-            on.add(setting.option)
+            if setting.option != "hardware_timestamps" or value & _RX_HARDWARE:
+                on.add(setting.option)
             room += socket.CMSG_SPACE(setting.space)
     on.discard("")
     for option in sorted(asked - on):
@@ -172,19 +177,20 @@ class Receiver:
         _within("arenas", arenas, 1, _MAX_ARENAS)
         _within("max_arenas", max_arenas, arenas, _MAX_ARENAS)
         on, room = _apply(sock, {feature for feature, value in features.items() if value})
-        if batch_size * (max(slot_size, 65535 if "gro" in on else 0) + 64) > _MAX_ARENA:
-            raise ValueError(
-                f"batch_size {batch_size:,} times slot_size {slot_size:,} is over 2 GiB: lower one of them"
-            )
         columns = 0
         for feature in on:
             columns |= _COLUMNS.get(feature, 0)
-        self._reader = Reader(sock.fileno(), sock.family, batch_size, slot_size, arenas, max_arenas,
-                              room, columns, "gro" in on, "drops" in on)  # fmt: skip
-        self.socket = sock.dup()
-        self._replier = Replier(self.socket, bool(on & {"destinations", "destination_ports"}))
-        self._named = False  # whether a path of the file system is ours to remove
         self.features = frozenset(on)
+        self._path: tuple[int, int, int] | None = None  # process, device and inode of a path that is ours to remove
+        self.socket = sock.dup()
+        try:
+            self._replier = Replier(self.socket, bool(on & {"destinations", "destination_ports"}))
+            lost = sockets.drops(self.socket) if "drops" in on else -1
+            self._reader = Reader(self.socket.fileno(), sock.family, batch_size, slot_size, arenas, max_arenas,
+                                  room, columns, "gro" in on, _reports_errors(sock), lost)  # fmt: skip
+        except BaseException:
+            self.socket.close()
+            raise
 
     @classmethod
     def bind(
@@ -206,6 +212,8 @@ class Receiver:
         The arguments up to incoming_cpu are those of open_datagram, grow_receive_buffer, busy_poll and incoming_cpu in
         fastrecv.sockets; the rest goes to Receiver.
         """
+        if busy_poll is None and (prefer_busy_poll or busy_poll_budget is not None):
+            raise ValueError("prefer_busy_poll and busy_poll_budget need busy_poll: give its microseconds")
         sock = sockets.open_datagram(address, reuse_port=reuse_port, dual_stack=dual_stack)
         try:
             if receive_buffer is not None:
@@ -216,10 +224,12 @@ class Receiver:
                 sockets.incoming_cpu(sock, incoming_cpu)
             made = cls(sock, **options)
         except BaseException:
-            sockets.close(sock)
+            sockets.remove_path(sock, sockets.path_of(sock))
+            sock.close()
             raise
+        if sock.family == socket.AF_UNIX:
+            made._path = sockets.path_of(sock)
         sock.close()  # the Receiver has its own descriptor
-        made._named = True
         return made
 
     def recv(self, timeout: float | None = None) -> Batch:
@@ -246,17 +256,16 @@ class Receiver:
         """Batches, until the Receiver is closed."""
         while True:
             try:
-                batch = self.recv()
+                yield self.recv()  # no name for it: the batch is the caller's alone
             except OSError:
                 if self.closed:
                     return
                 raise
-            yield batch
 
     def send(
         self,
         payloads: Batch | Sequence[Buffer],
-        destinations: NDArray[np.void] | Address | Sequence[Address] | None = None,
+        destinations: NDArray[np.void] | np.void | Address | Sequence[Address] | None = None,
         timeout: float | None = None,
     ) -> int:
         """Send datagrams with sendmmsg(2), in order; how many were sent.
@@ -268,7 +277,11 @@ class Receiver:
         (UDP_SEGMENT, Linux 4.18).
         """
         to = _destinations(destinations)
-        sent, _, code = send(self._reader.fileno(), payloads, to, timeout=timeout)
+        fd, wake = self._reader.enter()
+        try:
+            sent, _, code = send(fd, payloads, to, timeout=timeout, wake=wake)
+        finally:
+            self._reader.leave()
         if code and not sent:
             raise OSError(code, f"sending: {os.strerror(code)}")
         return sent
@@ -278,9 +291,14 @@ class Receiver:
 
         Answers leave from the address, and port, that the datagram was sent to. A socket bound to every address needs
         `destinations` for that; any-port steering `destination_ports`, and CAP_NET_RAW or the right to bind to those
-        ports. An answer that the kernel refuses is counted (Statistics.unanswered) and the others go on.
+        ports. An answer that the kernel refuses is counted (Statistics.unanswered) and the others go on; so is one to
+        an AF_UNIX peer whose queue is full.
         """
-        return self._replier.reply(self._reader.fileno(), batch, payloads, timeout)
+        fd, wake = self._reader.enter()
+        try:
+            return self._replier.reply(fd, wake, batch, payloads, timeout)
+        finally:
+            self._reader.leave()
 
     def fileno(self) -> int:
         """The descriptor to poll for readability."""
@@ -305,20 +323,24 @@ class Receiver:
         return Statistics(reader.batches, reader.datagrams, reader.bytes, reader.truncated, reader.control_truncated,
                           self._replier.unanswered)  # fmt: skip
 
+    def _open(self) -> socket.socket:
+        self._reader.fileno()  # says so where the Receiver is closed
+        return self.socket
+
     @property
     def drops(self) -> int:
         """Datagrams the socket has lost so far because its queue was full: fastrecv.sockets.drops."""
-        return sockets.drops(self.socket)
+        return sockets.drops(self._open())
 
     @property
     def address(self) -> Any:
         """What the socket is bound to, as socket.getsockname says it."""
-        return self.socket.getsockname()
+        return self._open().getsockname()
 
     @property
     def receive_buffer(self) -> int:
         """Bytes that may be queued: fastrecv.sockets.receive_buffer."""
-        return sockets.receive_buffer(self.socket)
+        return sockets.receive_buffer(self._open())
 
     @property
     def batch_size(self) -> int:
@@ -340,11 +362,11 @@ class Receiver:
 
     def join(self, group: str, *, interface: str | int | None = None, source: str | None = None) -> None:
         """Receive a multicast group: fastrecv.sockets.join."""
-        sockets.join(self.socket, group, interface=interface, source=source)
+        sockets.join(self._open(), group, interface=interface, source=source)
 
     def leave(self, group: str, *, interface: str | int | None = None, source: str | None = None) -> None:
         """Undo `join` with the same arguments."""
-        sockets.leave(self.socket, group, interface=interface, source=source)
+        sockets.leave(self._open(), group, interface=interface, source=source)
 
     def close(self) -> None:
         """Stop receiving; from any thread, and more than once. Who waits in recv is woken and gets EBADF.
@@ -353,9 +375,8 @@ class Receiver:
         """
         self._reader.close()
         self._replier.close()
-        if self._named:
-            sockets.close(self.socket)
-        else:
+        if self.socket.fileno() >= 0:
+            sockets.remove_path(self.socket, self._path)
             self.socket.close()
 
     def __enter__(self) -> Self:
@@ -381,11 +402,29 @@ def _within(name: str, value: int, low: int, high: int) -> None:
 
 
 def _destinations(
-    given: NDArray[np.void] | Address | Sequence[Address] | None,
+    given: NDArray[np.void] | np.void | Address | Sequence[Address] | None,
 ) -> NDArray[np.void] | list[bytes] | None:
     """What _recv.send takes: an array of ENDPOINT, a list of paths, or None."""
     if given is None or isinstance(given, np.ndarray):
         return given
-    addresses = [given] if isinstance(given, (str, bytes, tuple)) else list(given)
-    paths = [os.fsencode(path) for path in addresses if isinstance(path, (str, bytes))]
-    return paths or sockets.endpoints(address for address in addresses if isinstance(address, tuple))
+    if isinstance(given, np.void):
+        return np.array([given], given.dtype)
+    paths = (str, bytes, os.PathLike)
+    # ("192.0.2.1", 53) is one address, (("192.0.2.1", 53), ...) are several.
+    one = isinstance(given, paths) or (isinstance(given, tuple) and len(given) > 1 and isinstance(given[1], int))
+    addresses: Any = [given] if one else given
+    if all(isinstance(address, paths) for address in addresses):
+        return [os.fsencode(path) for path in addresses]
+    for address in addresses:
+        if not isinstance(address, tuple):
+            raise TypeError(f"{address!r} is no socket address: give (host, port) tuples, or paths, for all")
+    return sockets.endpoints(addresses)
+
+
+def _reports_errors(sock: socket.socket) -> bool:
+    """Whether IP_RECVERR is on, and the error queue is there for nothing else (transmit timestamps, zero copy)."""
+    level, name = (socket.IPPROTO_IPV6, 25) if sock.family == socket.AF_INET6 else (socket.IPPROTO_IP, 11)
+    if sock.family == socket.AF_UNIX or not sock.getsockopt(level, name):
+        return False
+    sending = sock.getsockopt(socket.SOL_SOCKET, 37) & _TX  # SO_TIMESTAMPING
+    return not sending and not sock.getsockopt(socket.SOL_SOCKET, 60)  # SO_ZEROCOPY

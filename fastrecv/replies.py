@@ -7,7 +7,9 @@ without CAP_NET_RAW, through a socket bound to that address and port. Neither re
 
 from __future__ import annotations
 
+import logging
 import socket
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from ipaddress import IPv6Address
@@ -20,6 +22,8 @@ from fastrecv._recv import Batch, send
 from fastrecv.sockets import drop_everything
 
 __all__ = ["Buffer", "Replier"]
+
+log = logging.getLogger("fastrecv")
 
 Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
 
@@ -38,13 +42,24 @@ class Replier:
         self._socket = sock
         self._raw: dict[int, socket.socket | None] = {}  # by family; None: not permitted
         self._bound: OrderedDict[tuple[Any, ...], socket.socket] = OrderedDict()
+        self._told: set[int | None] = set()  # errnos that the log has had
+        self._lock = threading.RLock()  # of the sockets; a signal handler may close what it interrupts
         if from_anywhere and sock.family == socket.AF_INET6:
             _may_use_any_local(sock)  # IPv4 asks the routes anyway
 
-    def reply(self, fd: int, batch: Batch, payloads: Batch | Sequence[Buffer | None], timeout: float | None) -> int:
-        """Receiver.reply, out of the Receiver's own descriptor where that can be."""
+    def reply(
+        self, fd: int, wake: int, batch: Batch, payloads: Batch | Sequence[Buffer | None], timeout: float | None
+    ) -> int:
+        """Receiver.reply, out of the Receiver's own descriptor `fd` where that can be. wake : as of _recv.send."""
         if len(payloads) != len(batch):
             raise ValueError(f"{len(payloads)} payloads for {len(batch)} datagrams: give one each, None for no answer")
+
+        def answer(through: int, senders: Any, source: Any, rows: Any = None, raw: bool = False) -> int:
+            sent, refused, _ = send(through, payloads, senders, source, rows, raw=raw, tolerant=True, timeout=timeout,
+                                    wake=wake)  # fmt: skip
+            self.unanswered += refused
+            return sent
+
         to = batch.destinations
         if to is None:
             if self._nameless():
@@ -52,42 +67,30 @@ class Replier:
                     "the socket is bound to every address of this host, so answers could leave from another one than "
                     "was asked: open the Receiver with destinations=True"
                 )
-            return self._send(fd, payloads, batch, None, None, timeout)
+            return answer(fd, batch, None)
         strange = (to["port"] != 0) & (to["port"] != self._socket.getsockname()[1]) & ~_groups(to["address"])
         if not strange.any():
-            return self._send(fd, payloads, batch, batch, None, timeout)
-        rows = np.flatnonzero(strange)
-        sent = self._send(fd, payloads, batch, batch, np.flatnonzero(~strange), timeout)
-        four = _mapped(to["address"][rows])
-        for family, some in ((socket.AF_INET, rows[four]), (socket.AF_INET6, rows[~four])):
-            if some.size:
-                raw = self._raw_socket(family)
-                if raw is not None:
-                    sources, destinations = _of_family(batch.sources, family), _of_family(to, family)
-                    sent += self._send(raw.fileno(), payloads, sources, destinations, some, timeout, raw=True)
-                else:
-                    sent += self._send_bound(batch, payloads, some, timeout)
+            return answer(fd, batch, batch)
+        sent = answer(fd, batch, batch, np.flatnonzero(~strange))
+        four = _mapped(to["address"])
+        with self._lock:  # another thread must not close, or replace, what this one sends through
+            for family, rows in ((socket.AF_INET, strange & four), (socket.AF_INET6, strange & ~four)):
+                if not rows.any():
+                    continue
+                if raw := self._raw_socket(family):
+                    senders, sources = _of_family(batch.sources, family), _of_family(to, family)
+                    sent += answer(raw.fileno(), senders, sources, np.flatnonzero(rows), raw=True)
+                    continue
+                for address, some in _by_destination(batch, np.flatnonzero(rows)).items():
+                    if bound := self._bound_socket(address):
+                        sent += answer(bound.fileno(), batch, None, some)
+                    else:
+                        self.unanswered += len(some)
         return sent
 
     def _nameless(self) -> bool:
         """Whether the socket has no address of its own to answer from, nor one peer whose route chose one."""
         return self._socket.family != socket.AF_UNIX and self._socket.getsockname()[0] in {"0.0.0.0", "::"}  # noqa: S104
-
-    def _send(self, fd: int, payloads: Any, to: Any, source: Any, rows: Any, timeout: float | None,
-              raw: bool = False) -> int:  # fmt: skip
-        sent, refused, _ = send(fd, payloads, to, source, rows, raw=raw, tolerant=True, timeout=timeout)
-        self.unanswered += refused
-        return sent
-
-    def _send_bound(self, batch: Batch, payloads: Any, rows: NDArray[np.intp], timeout: float | None) -> int:
-        """Each answer out of a socket that is bound to the address and port it was asked at."""
-        by_address: dict[Any, list[int]] = {}
-        for row in rows.tolist():
-            by_address.setdefault(batch.destination(row), []).append(row)
-        return sum(
-            self._send(self._bound_socket(address).fileno(), payloads, batch, None, some, timeout)
-            for address, some in by_address.items()
-        )
 
     def _raw_socket(self, family: int) -> socket.socket | None:
         if family not in self._raw:
@@ -103,8 +106,11 @@ class Replier:
                 self._raw[family] = raw
         return self._raw[family]
 
-    def _bound_socket(self, address: tuple[Any, ...]) -> socket.socket:
-        """A socket that sends from `address` and never receives; the filter is there before the address is."""
+    def _bound_socket(self, address: tuple[Any, ...]) -> socket.socket | None:
+        """A socket that sends from `address` and never receives; None, and a word in the log, where that cannot be.
+
+        A stranger chooses the address, so that must not end the service. The filter is there before the address is.
+        """
         if len(address) == 4 and not IPv6Address(address[0]).is_link_local:
             address = (*address[:3], 0)  # the scope was the interface the datagram came in by
         if address in self._bound:
@@ -120,20 +126,21 @@ class Replier:
             sock.bind(address)
         except OSError as error:
             sock.close()
-            where = f"{address[0]} port {address[1]}"
-            raise OSError(
-                error.errno,
-                f"cannot answer from {where}: {error.strerror}; CAP_NET_RAW would do without binding to it",
-            ) from error
+            if error.errno not in self._told:
+                self._told.add(error.errno)
+                why = f"cannot answer from {address[0]} port {address[1]}: {error.strerror}"
+                log.warning("%s (said once); CAP_NET_RAW would do without binding to it", why)
+            return None
         self._bound[address] = sock
         return sock
 
     def close(self) -> None:
-        for sock in (*self._raw.values(), *self._bound.values()):
-            if sock is not None:
-                sock.close()
-        self._raw.clear()
-        self._bound.clear()
+        with self._lock:
+            for sock in (*self._raw.values(), *self._bound.values()):
+                if sock is not None:
+                    sock.close()
+            self._raw.clear()
+            self._bound.clear()
 
 
 def _may_use_any_local(sock: socket.socket) -> None:
@@ -154,6 +161,13 @@ def _groups(addresses: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Which addresses are multicast: nobody can answer from there."""
     groups: NDArray[np.bool_] = (addresses[:, 0] == 0xFF) | (_mapped(addresses) & (addresses[:, 12] >> 4 == 0xE))
     return groups
+
+
+def _by_destination(batch: Batch, rows: NDArray[np.intp]) -> dict[Any, list[int]]:
+    grouped: dict[Any, list[int]] = {}
+    for row in rows.tolist():
+        grouped.setdefault(batch.destination(row), []).append(row)
+    return grouped
 
 
 def _of_family(endpoints: NDArray[np.void] | None, family: int) -> NDArray[np.void]:

@@ -20,7 +20,6 @@ from fastrecv._recv import ENDPOINT
 __all__ = [
     "Address",
     "busy_poll",
-    "close",
     "drop_everything",
     "drops",
     "endpoints",
@@ -29,10 +28,12 @@ __all__ = [
     "join",
     "leave",
     "open_datagram",
+    "path_of",
     "receive_buffer",
+    "remove_path",
 ]
 
-Address = tuple[Any, ...] | str | bytes
+Address = tuple[Any, ...] | str | bytes | os.PathLike[str]
 """(host, port), (host, port, 0, scope), or the path of an AF_UNIX socket (bytes: an abstract name)."""
 
 # include/uapi/asm-generic/socket.h
@@ -56,6 +57,8 @@ def open_datagram(address: Address, *, reuse_port: bool = False, dual_stack: boo
     reuse_port : share the port with other sockets of the same user that say so, too (SO_REUSEPORT, socket(7)).
     dual_stack : an IPv6 socket takes IPv4 as well, as ::ffff:a.b.c.d (IPV6_V6ONLY off, ipv6(7)).
     """
+    if isinstance(address, os.PathLike):
+        address = os.fspath(address)
     if isinstance(address, (str, bytes)):
         family = socket.AF_UNIX
     else:
@@ -135,7 +138,10 @@ def drops(sock: socket.socket) -> int:
 
 
 def busy_poll(sock: socket.socket, microseconds: int, *, prefer: bool = False, budget: int | None = None) -> None:
-    """Let a waiting receive poll the network card itself for this long (SO_BUSY_POLL, socket(7)).
+    """Let receives poll the network card itself (SO_BUSY_POLL, socket(7)).
+
+    A Receiver waits in poll(2), which polls the card for as long as sysctl net.core.busy_poll says; this option allows
+    it, and its microseconds count for blocking receives only.
 
     prefer : keep the card's interrupts off meanwhile (SO_PREFER_BUSY_POLL, Linux 5.11). budget : packets a poll
     (SO_BUSY_POLL_BUDGET, Linux 5.11). Raising any of them takes CAP_NET_ADMIN. Worth it only for a device with
@@ -208,10 +214,19 @@ def drop_everything(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(program)))
 
 
-def close(sock: socket.socket) -> None:
-    """Close a socket of this process, and remove its AF_UNIX path, so that the next can bind to it."""
-    path = sock.getsockname() if sock.family == socket.AF_UNIX and sock.fileno() >= 0 else None
-    sock.close()
-    if isinstance(path, str) and path:
+def path_of(sock: socket.socket) -> tuple[int, int, int] | None:
+    """Whose path of the file system an AF_UNIX socket is bound to: process, device, inode; None without one."""
+    path = sock.getsockname() if sock.family == socket.AF_UNIX else None
+    if not isinstance(path, str) or not path:
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        found = os.stat(path)  # noqa: PTH116 - a name as the kernel keeps it
+        return os.getpid(), found.st_dev, found.st_ino
+    return None
+
+
+def remove_path(sock: socket.socket, owned: tuple[int, int, int] | None) -> None:
+    """Remove the path that the socket is bound to, unless it is no longer what `path_of` said: then it is another's."""
+    if owned is not None and path_of(sock) == owned:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # noqa: PTH108 - a name as the kernel keeps it
+            os.unlink(sock.getsockname())  # noqa: PTH108 - a name as the kernel keeps it

@@ -32,7 +32,7 @@ cdef struct Layout:
     int64_t stride      # bytes from slot to slot
     int control_size    # room for control messages, a slot
     int name_size       # room for the sender's address, a slot
-    int rows            # rows the columns have room for at first
+    int rows            # rows the columns have room for
     int columns         # which of Column
     bint segmented      # a slot may bring a GRO train: several rows
 
@@ -51,7 +51,6 @@ cdef struct Arena:
     int64_t *timestamps
     int64_t *hardware
     uint8_t *tos
-    int room            # rows the columns have room for now
     int rows            # rows that hold a datagram
     mmsghdr *headers
     iovec *vectors
@@ -60,8 +59,8 @@ cdef struct Arena:
     int used            # headers that the last recvmmsg(2) has written
 
 
-cdef int arena_grow(Arena *arena, int rows) noexcept nogil
-cdef void pack(const Arena *arena, uint8_t *to, int64_t *offsets) noexcept nogil
+cdef int64_t size_of(const Arena *arena) noexcept nogil
+cdef void pack(const Arena *arena, uint8_t *to, int64_t *bounds) noexcept nogil
 
 
 cdef class Pool:
@@ -79,4 +78,5 @@ cdef class Lease:
 
 cdef Lease lease(Arena *arena, Pool pool)
 cdef Lease copied(Lease held)
+cdef Lease nothing(const Layout *layout)
 cdef Pool new_pool(const Layout *layout, int arenas, int limit)

@@ -9,7 +9,9 @@ import numpy
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
-from fastrecv._recv.linux cimport posix_memalign
+from fastrecv._recv.linux cimport (
+    MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, PROT_NONE, PROT_READ, PROT_WRITE, mmap, mprotect, munmap,
+)
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
@@ -20,72 +22,70 @@ ENDPOINT = numpy.dtype([("address", "u1", (16,)), ("port", "u2"), ("family", "u2
 assert ENDPOINT.itemsize == sizeof(Endpoint)
 
 
-cdef int arena_grow(Arena *arena, int rows) noexcept nogil:
-    """Give the columns room for `rows` rows, keeping what the first arena.rows hold; -1 without memory.
-
-    Only for an arena that nobody views: its columns move.
-    """
+cdef int add_columns(Arena *arena, int rows) noexcept nogil:
+    """Columns with room for `rows` rows, in one block; -1 without memory."""
     cdef int columns = arena.layout.columns
-    cdef bint destinations = columns & Column.DESTINATIONS
-    # Wide columns first, so that each starts aligned to its items.
-    cdef size_t wide = 8 * (1 + (columns & Column.TIMESTAMPS != 0) + (columns & Column.HARDWARE != 0))
-    cdef size_t endpoints = sizeof(Endpoint) * ((columns & Column.SOURCES != 0) + destinations)
-    cdef size_t paths = sizeof(Path) if columns & Column.PATHS else 0
-    cdef uint8_t *block = <uint8_t *>malloc((wide + endpoints + paths + 4 + 4 * destinations + 1 + 1) * <size_t>rows)
-    cdef Arena old = arena[0]
+    cdef size_t item = 8 + 4 + 1  # offsets, lengths, flags
+    cdef uint8_t *block
+    item += 8 * ((columns & Column.TIMESTAMPS != 0) + (columns & Column.HARDWARE != 0))
+    item += sizeof(Endpoint) * ((columns & Column.SOURCES != 0) + (columns & Column.DESTINATIONS != 0))
+    item += 4 * (columns & Column.DESTINATIONS != 0) + sizeof(Path) * (columns & Column.PATHS != 0)
+    item += columns & Column.TOS != 0
+    block = <uint8_t *>malloc(item * <size_t>rows)
     if block == NULL:
         return -1
+    # Wide columns first, so that each starts aligned to its items.
     arena.offsets = <int64_t *>block
-    block = move(block, old.offsets, 8, rows, old.rows)
+    block += 8 * <size_t>rows
     if columns & Column.TIMESTAMPS:
         arena.timestamps = <int64_t *>block
-        block = move(block, old.timestamps, 8, rows, old.rows)
+        block += 8 * <size_t>rows
     if columns & Column.HARDWARE:
         arena.hardware = <int64_t *>block
-        block = move(block, old.hardware, 8, rows, old.rows)
+        block += 8 * <size_t>rows
     if columns & Column.SOURCES:
         arena.sources = <Endpoint *>block
-        block = move(block, old.sources, sizeof(Endpoint), rows, old.rows)
-    if paths:
+        block += sizeof(Endpoint) * <size_t>rows
+    if columns & Column.PATHS:
         arena.paths = <Path *>block
-        block = move(block, old.paths, sizeof(Path), rows, old.rows)
-    if destinations:
+        block += sizeof(Path) * <size_t>rows
+    if columns & Column.DESTINATIONS:
         arena.destinations = <Endpoint *>block
-        block = move(block, old.destinations, sizeof(Endpoint), rows, old.rows)
+        block += sizeof(Endpoint) * <size_t>rows
         arena.replies4 = <uint32_t *>block
-        block = move(block, old.replies4, 4, rows, old.rows)
+        block += 4 * <size_t>rows
     arena.lengths = <int32_t *>block
-    block = move(block, old.lengths, 4, rows, old.rows)
+    block += 4 * <size_t>rows
     arena.flags = block
-    block = move(block, old.flags, 1, rows, old.rows)
     if columns & Column.TOS:
-        arena.tos = block
-        move(block, old.tos, 1, rows, old.rows)
-    arena.room = rows
-    free(old.offsets)  # where the block of all columns begins
+        arena.tos = block + rows
     return 0
 
 
-cdef inline uint8_t *move(uint8_t *to, const void *old, size_t item, int rows, int kept) noexcept nogil:
-    """Copy the kept rows of one column; where the next column begins."""
-    if kept:
-        memcpy(to, old, item * <size_t>kept)
-    return to + item * <size_t>rows
+cdef uint8_t *map_slots(int64_t size) noexcept nogil:
+    """Zeroed memory that is only there where it is touched, with a page behind it that nobody may touch; or NULL."""
+    cdef size_t room = <size_t>(size + _PAGE - 1) // _PAGE * _PAGE
+    cdef void *at = mmap(NULL, room + _PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    if at == MAP_FAILED:
+        return NULL
+    mprotect(<uint8_t *>at + room, _PAGE, PROT_NONE)
+    return <uint8_t *>at
 
 
 cdef Arena *arena_new(const Layout *layout, int64_t size) noexcept nogil:
-    """An arena of `size` bytes of data, its headers pointing at its slots; NULL without memory."""
+    """An arena of `size` bytes of data, its headers pointing at its slots; NULL without memory.
+
+    Without slots its data is ordinary memory, which the caller fills.
+    """
     cdef Arena *arena = <Arena *>calloc(1, sizeof(Arena))
     cdef int i
     if arena == NULL:
         return NULL
     arena.layout = layout[0]
     arena.size = size
-    # At least one byte and one row each, so that NULL always means that there is no memory.
-    if (
-        posix_memalign(<void **>&arena.data, _PAGE, <size_t>(size if size else 1))
-        or arena_grow(arena, layout.rows if layout.rows else 1) < 0
-    ):
+    # At least one byte and one row, so that NULL always means that there is no memory.
+    arena.data = map_slots(size) if layout.slots else <uint8_t *>malloc(<size_t>(size if size else 1))
+    if arena.data == NULL or add_columns(arena, layout.rows if layout.rows else 1) < 0:
         arena_free(arena)
         return NULL
     if layout.slots == 0:
@@ -111,8 +111,11 @@ cdef Arena *arena_new(const Layout *layout, int64_t size) noexcept nogil:
 
 
 cdef void arena_free(Arena *arena) noexcept nogil:
-    free(arena.data)
-    free(arena.offsets)
+    if arena.layout.slots == 0:
+        free(arena.data)
+    elif arena.data != NULL:
+        munmap(arena.data, <size_t>((arena.size + _PAGE - 1) // _PAGE * _PAGE + _PAGE))
+    free(arena.offsets)  # where the block of all columns begins
     free(arena.headers)
     free(arena.vectors)
     free(arena.names)
@@ -183,6 +186,8 @@ cdef class Lease:
         raise TypeError("leases come with batches")
 
     def __getbuffer__(self, Py_buffer *view, int flags):
+        if self.arena == NULL:
+            raise BufferError("a lease of nothing")
         PyBuffer_FillInfo(view, self, self.arena.data, self.arena.size, 1, flags)
 
     def __dealloc__(self):
@@ -202,15 +207,22 @@ cdef Lease lease(Arena *arena, Pool pool):
     return made
 
 
-cdef void pack(const Arena *arena, uint8_t *to, int64_t *offsets) noexcept nogil:
-    """Copy all datagrams one behind the other; `offsets`, where given, says where each begins."""
-    cdef int64_t end = 0
+cdef int64_t size_of(const Arena *arena) noexcept nogil:
+    """Bytes of all datagrams."""
+    cdef int64_t size = 0
     cdef int row
     for row in range(arena.rows):
-        memcpy(to + end, arena.data + arena.offsets[row], <size_t>arena.lengths[row])
-        if offsets != NULL:
-            offsets[row] = end
-        end += arena.lengths[row]
+        size += arena.lengths[row]
+    return size
+
+
+cdef void pack(const Arena *arena, uint8_t *to, int64_t *bounds) noexcept nogil:
+    """Copy all datagrams one behind the other. bounds : where each begins, and where the last one ends."""
+    cdef int row
+    bounds[0] = 0
+    for row in range(arena.rows):
+        memcpy(to + bounds[row], arena.data + arena.offsets[row], <size_t>arena.lengths[row])
+        bounds[row + 1] = bounds[row] + arena.lengths[row]
 
 
 cdef inline void take(void *to, const void *column, size_t item, int rows) noexcept nogil:
@@ -223,12 +235,9 @@ cdef Lease copied(Lease held):
     cdef const Arena *arena = held.arena
     cdef Arena *twin
     cdef Layout layout = arena.layout
-    cdef int64_t size = 0
-    cdef int row
-    for row in range(arena.rows):
-        size += arena.lengths[row]
+    cdef int64_t size = size_of(arena)
     layout.slots = 0
-    layout.rows = arena.rows
+    layout.rows = arena.rows + 1  # `bounds` of pack has one more
     twin = arena_new(&layout, size)
     if twin == NULL:
         raise MemoryError(f"no memory for {size:,} bytes")
@@ -245,3 +254,13 @@ cdef Lease copied(Lease held):
     take(twin.hardware, arena.hardware, sizeof(int64_t), arena.rows)
     take(twin.tos, arena.tos, 1, arena.rows)
     return made
+
+
+cdef Lease nothing(const Layout *layout):
+    """A lease of no rows, which holds no arena of a pool."""
+    cdef Layout empty = layout[0]
+    empty.slots = empty.rows = 0
+    cdef Arena *arena = arena_new(&empty, 0)
+    if arena == NULL:
+        raise MemoryError
+    return lease(arena, None)

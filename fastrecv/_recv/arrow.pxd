@@ -73,6 +73,7 @@ cdef extern from *:
 cdef class ArrowExport:
     cdef Lease lease
     cdef bint packed
+    cdef int filled(self) except -1
 
 
 cdef ArrowExport arrow_export(Lease lease, bint packed)

@@ -114,9 +114,13 @@ cdef void *make(Holder *holder, size_t size) noexcept nogil:
 cdef int fill_views(const Arena *arena, Holder *holder) noexcept nogil:
     cdef View *views = <View *>make(holder, sizeof(View) * <size_t>arena.rows)
     cdef const uint8_t *datagram
+    cdef int64_t first, end
     cdef int row
     if views == NULL:
         return -1
+    # From the first datagram to the end of the last: what lies around them is no business of the consumer's.
+    first = arena.offsets[0] if arena.rows else 0
+    end = arena.offsets[arena.rows - 1] + arena.lengths[arena.rows - 1] if arena.rows else 0
     for row in range(arena.rows):
         datagram = arena.data + arena.offsets[row]
         views[row].length = arena.lengths[row]
@@ -124,10 +128,10 @@ cdef int fill_views(const Arena *arena, Holder *holder) noexcept nogil:
             memcpy(<uint8_t *>&views[row] + 4, datagram, <size_t>arena.lengths[row])
         else:
             memcpy(views[row].prefix, datagram, 4)
-            views[row].offset = <int32_t>arena.offsets[row]  # arenas stay below 2 GiB
-    holder.sizes[0] = arena.size
+            views[row].offset = <int32_t>(arena.offsets[row] - first)  # arenas stay below 2 GiB
+    holder.sizes[0] = end - first
     holder.buffers[1] = views
-    holder.buffers[2] = arena.data
+    holder.buffers[2] = arena.data + first
     holder.buffers[3] = holder.sizes
     return 0
 
@@ -319,7 +323,13 @@ cdef class ArrowExport:
     def __init__(self):
         raise TypeError("take batch.arrow()")
 
+    cdef int filled(self) except -1:
+        if self.lease is None:
+            raise TypeError("take batch.arrow()")
+        return 0
+
     def __arrow_c_schema__(self):
+        self.filled()
         cdef ArrowSchema *schema = <ArrowSchema *>calloc(1, sizeof(ArrowSchema))
         if schema == NULL or export_schema(self.lease.arena, self.packed, schema):
             free(schema)
@@ -327,6 +337,7 @@ cdef class ArrowExport:
         return PyCapsule_New(schema, b"arrow_schema", drop_schema)
 
     def __arrow_c_array__(self, requested_schema=None):
+        self.filled()
         if not self.packed and wants_packed(requested_schema):
             return arrow_export(self.lease, True).__arrow_c_array__()
         schema = self.__arrow_c_schema__()
@@ -337,6 +348,7 @@ cdef class ArrowExport:
         return schema, PyCapsule_New(array, b"arrow_array", drop_array)
 
     def __arrow_c_stream__(self, requested_schema=None):
+        self.filled()
         if not self.packed and wants_packed(requested_schema):
             return arrow_export(self.lease, True).__arrow_c_stream__()
         cdef ArrowArrayStream *stream = <ArrowArrayStream *>calloc(1, sizeof(ArrowArrayStream))

@@ -6,8 +6,9 @@ cdef class Batch:
     cdef long long drop_count  # -1: not counted
     cdef object view  # a memoryview of all data, made when first sliced
     cdef Arena *alive(self) except NULL
+    cdef Lease held(self)
     cdef int row(self, Py_ssize_t index) except -1
-    cdef object sender(self, int row)
+    cdef object slice(self, Lease held, int row)
 
 
 cdef Batch new_batch(Lease held, long long drop_count)

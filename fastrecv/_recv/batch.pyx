@@ -10,7 +10,7 @@ from fastrecv._recv.arena import ENDPOINT
 cimport numpy as cnp
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.ref cimport PyObject, Py_INCREF
-from fastrecv._recv.arena cimport Arena, Endpoint, Lease, Path, copied, pack
+from fastrecv._recv.arena cimport Arena, Endpoint, Lease, Path, copied, pack, size_of
 from fastrecv._recv.arrow cimport arrow_export
 from fastrecv._recv.linux cimport AF_INET, AF_INET6, inet_ntop
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
@@ -25,6 +25,9 @@ cdef extern from "numpy/arrayobject.h":
         PyObject *parent,
     )
 
+
+cdef enum:
+    _FAR = 1 << 20  # no datagram is longer: MAX_SLOT
 
 cdef cnp.dtype _ENDPOINT = ENDPOINT
 cdef cnp.dtype _UINT8 = numpy.dtype(numpy.uint8)
@@ -88,6 +91,12 @@ cdef object path_of(const Path *path):
     return os.fsdecode(name.partition(b"\0")[0])
 
 
+cdef object sender(const Arena *arena, int row):
+    if arena.sources != NULL:
+        return address_of(&arena.sources[row])
+    return path_of(&arena.paths[row])
+
+
 cdef class Batch:
     """Datagrams received together: rows (offset, length) over one arena. Read-only.
 
@@ -105,6 +114,10 @@ cdef class Batch:
         if self.lease is None:
             raise ValueError("the batch has been released")
         return self.lease.arena
+
+    cdef Lease held(self):
+        self.alive()
+        return self.lease
 
     cdef int row(self, Py_ssize_t index) except -1:
         cdef int rows = self.alive().rows
@@ -205,43 +218,48 @@ cdef class Batch:
         self.alive()
         return None if self.drop_count < 0 else self.drop_count
 
+    # From here on each method holds the lease itself: another thread may release the batch at any allocation.
+
     def __getitem__(self, Py_ssize_t index):
         """Datagram `index` as a read-only memoryview."""
-        cdef int row = self.row(index)
-        cdef Arena *arena = self.lease.arena
-        if self.view is None:
-            self.view = memoryview(self.lease)
-        return self.view[arena.offsets[row] : arena.offsets[row] + arena.lengths[row]]
+        return self.slice(self.held(), self.row(index))
+
+    cdef object slice(self, Lease held, int row):
+        cdef int64_t start = held.arena.offsets[row]
+        view = self.view
+        if view is None:
+            view = self.view = memoryview(held)
+        return view[start : start + held.arena.lengths[row]]
 
     def source(self, Py_ssize_t index):
         """Who sent datagram `index`, as socket.recvfrom would say it: (host, port), (host, port, 0, scope), a path."""
-        return self.sender(self.row(index))
-
-    cdef object sender(self, int row):
-        if self.lease.arena.sources != NULL:
-            return address_of(&self.lease.arena.sources[row])
-        return path_of(&self.lease.arena.paths[row])
+        cdef Lease held = self.held()
+        return sender(held.arena, self.row(index))
 
     def destination(self, Py_ssize_t index):
         """Where datagram `index` was sent to, in the same manner; None where `destinations` is."""
+        cdef Lease held = self.held()
         cdef int row = self.row(index)
-        if self.lease.arena.destinations == NULL:
-            return None
-        return address_of(&self.lease.arena.destinations[row])
+        return None if held.arena.destinations == NULL else address_of(&held.arena.destinations[row])
 
     def __iter__(self):
         """(memoryview, source) of every datagram."""
+        cdef Lease held
         cdef int row
         for row in range(self.alive().rows):
-            yield self[row], self.sender(row)
+            held = self.held()
+            yield self.slice(held, row), sender(held.arena, row)
 
     def datagrams(self):
         """(bytes, source) of every datagram: copies, for what wants nothing else."""
+        cdef Lease held
         cdef Arena *arena
         cdef int row
         for row in range(self.alive().rows):
-            arena = self.alive()
-            yield PyBytes_FromStringAndSize(<char *>arena.data + arena.offsets[row], arena.lengths[row]), self.sender(row)
+            held = self.held()
+            arena = held.arena
+            data = PyBytes_FromStringAndSize(<char *>arena.data + arena.offsets[row], arena.lengths[row])
+            yield data, sender(arena, row)
 
     def records(self, dtype, Py_ssize_t offset=0):
         """The first bytes of every datagram as an array of `dtype`, one item a datagram.
@@ -251,34 +269,35 @@ cdef class Batch:
         numpy.ma.MaskedArray that masks them (their data is 0). Where rows lie evenly the array is a view of the
         arena, else a copy. Read-only if it is a view.
         """
-        cdef Arena *arena = self.alive()
         cdef cnp.dtype kind = numpy.dtype(dtype)
+        cdef Lease held = self.held()
+        cdef Arena *arena = held.arena
         cdef Py_ssize_t size = kind.itemsize, need
-        cdef int row, rows = arena.rows
+        cdef int row, rows = arena.rows, missing = 0
         cdef int64_t stride = 0
         cdef bint even = True
-        cdef int short = 0
         cdef cnp.ndarray gathered
         cdef uint8_t *to
         if kind.hasobject or kind.shape:
             raise TypeError(f"records cannot be of {kind}: give a dtype without Python objects, not an array of it")
-        if size == 0 or offset < 0:
-            raise ValueError("give a dtype of at least one byte, and an offset of at least 0")
+        if size == 0 or not 0 <= offset <= _FAR:
+            raise ValueError(f"give a dtype of at least one byte, and an offset of 0 to {_FAR:,}")
         need = offset + size
         if rows > 1:
             stride = arena.offsets[1] - arena.offsets[0]
         for row in range(rows):
-            short += arena.lengths[row] < need
+            missing += arena.lengths[row] < need
             even &= arena.offsets[row] == arena.offsets[0] + row * stride
-        if even and not short:
-            return over(self.lease, arena.data + (arena.offsets[0] if rows else 0) + offset, kind, rows, stride)
+        if even and not missing:
+            # Of no rows nothing is read, so it matters not where they are.
+            return over(held, arena.data + (arena.offsets[0] + offset if rows else 0), kind, rows, stride)
         gathered = numpy.zeros(rows, kind)
         to = <uint8_t *>cnp.PyArray_DATA(gathered)
         for row in range(rows):
             if arena.lengths[row] >= need:
                 memcpy(to + row * size, arena.data + arena.offsets[row] + offset, <size_t>size)
-        if short:
-            return numpy.ma.MaskedArray(gathered, mask=self.lengths < need)
+        if missing:
+            return numpy.ma.MaskedArray(gathered, mask=over(held, arena.lengths, _INT32, rows, 4) < need)
         return gathered
 
     def packed(self, offsets=numpy.int32):
@@ -286,22 +305,18 @@ cdef class Batch:
 
         offsets : numpy.int32 or numpy.int64. Returns uint8 of sum(lengths) items, and len(batch) + 1 offsets. A copy.
         """
-        cdef Arena *arena = self.alive()
         kind = numpy.dtype(offsets)
         if kind not in (_INT32, _INT64):
             raise TypeError(f"offsets are int32 or int64, not {kind}")
-        bounds = numpy.zeros(arena.rows + 1, numpy.int64)
-        numpy.cumsum(self.lengths, dtype=numpy.int64, out=bounds[1:])
-        if bounds[arena.rows] > numpy.iinfo(kind).max:
-            raise ValueError(f"{bounds[arena.rows]:,} bytes are too many for int32 offsets: take int64")
-        cdef cnp.ndarray together = numpy.empty(bounds[arena.rows], numpy.uint8)
-        pack(arena, <uint8_t *>cnp.PyArray_DATA(together), NULL)
-        return together, bounds.astype(kind, copy=False)
+        cdef Lease held = self.held()
+        cdef cnp.ndarray bounds = numpy.zeros(held.arena.rows + 1, numpy.int64)
+        cdef cnp.ndarray together = numpy.empty(size_of(held.arena), numpy.uint8)
+        pack(held.arena, <uint8_t *>cnp.PyArray_DATA(together), <int64_t *>cnp.PyArray_DATA(bounds))
+        return together, bounds.astype(kind, copy=False)  # an arena has less than 2 GiB
 
     def copy(self):
         """The same batch in memory of its own, without gaps: it holds no arena of the Receiver."""
-        self.alive()
-        return new_batch(copied(self.lease), self.drop_count)
+        return new_batch(copied(self.held()), self.drop_count)
 
     def release(self):
         """Give up the batch's own hold of its arena; views taken from it stay good, and keep theirs."""
@@ -323,8 +338,7 @@ cdef class Batch:
         a binary view of the arena, not copied; with `packed`, or where the consumer asks for it, it is ordinary
         binary, and all of it a copy. A batch itself is taken as batch.arrow() is.
         """
-        self.alive()
-        return arrow_export(self.lease, packed)
+        return arrow_export(self.held(), packed)
 
     def __arrow_c_schema__(self):
         return self.arrow().__arrow_c_schema__()

@@ -14,7 +14,7 @@ cdef extern from *:
     #include <netinet/udp.h>
     #include <poll.h>
     #include <sys/eventfd.h>
-    #include <stdlib.h>
+    #include <sys/mman.h>
     #include <sys/socket.h>
     #include <sys/un.h>
     #include <time.h>
@@ -85,6 +85,9 @@ cdef extern from *:
     cdef struct in6_pktinfo:
         in6_addr ipi6_addr
         unsigned int ipi6_ifindex
+    cdef struct sock_extended_err:
+        uint32_t ee_errno
+        uint8_t ee_origin
     cdef struct pollfd:
         int fd
         short events
@@ -96,9 +99,14 @@ cdef extern from *:
     int ppoll(pollfd *fds, unsigned long count, const timespec *timeout, const void *signals) nogil
     int clock_gettime(int clock, timespec *now) nogil
     int eventfd(unsigned int value, int flags) nogil
+    int nanosleep(const timespec *time, timespec *left) nogil
+    int close(int fd) nogil
+    int getpid() nogil
     int getsockopt(int fd, int level, int name, void *value, socklen_t *size) nogil
     int setsockopt(int fd, int level, int name, const void *value, socklen_t size) nogil
-    int posix_memalign(void **made, size_t alignment, size_t size) nogil
+    void *mmap(void *where, size_t size, int protection, int flags, int fd, long offset) nogil
+    int mprotect(void *where, size_t size, int protection) nogil
+    int munmap(void *where, size_t size) nogil
     uint16_t ntohs(uint16_t value) nogil
     uint16_t htons(uint16_t value) nogil
     const char *inet_ntop(int family, const void *address, char *text, socklen_t room) nogil
@@ -106,10 +114,14 @@ cdef extern from *:
 
     int AF_UNIX, AF_INET, AF_INET6, AF_UNSPEC
     int SOL_SOCKET, IPPROTO_IP, IPPROTO_IPV6, IPPROTO_UDP
-    int MSG_DONTWAIT, MSG_TRUNC, MSG_CTRUNC, MSG_ERRQUEUE, MSG_NOSIGNAL
+    int MSG_DONTWAIT, MSG_TRUNC, MSG_CTRUNC, MSG_CMSG_CLOEXEC, MSG_ERRQUEUE, MSG_NOSIGNAL
     int IP_PKTINFO, IP_TOS, IP_RECVORIGDSTADDR
     int IPV6_PKTINFO, IPV6_TCLASS, IPV6_RECVORIGDSTADDR
+    int SCM_RIGHTS, SO_EE_ORIGIN_LOCAL, SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6
+    int IP_RECVERR, IPV6_RECVERR
     int SO_DOMAIN, SO_RXQ_OVFL, UDP_GRO, UDP_SEGMENT
     int SO_TIMESTAMPNS_OLD, SO_TIMESTAMPNS_NEW, SO_TIMESTAMPING_OLD, SO_TIMESTAMPING_NEW
-    int POLLIN, POLLOUT, POLLERR, CLOCK_MONOTONIC
+    int POLLIN, POLLOUT, POLLERR, POLLRDHUP, CLOCK_MONOTONIC
     int EFD_CLOEXEC, EFD_NONBLOCK
+    int PROT_NONE, PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
+    void *MAP_FAILED

@@ -3,13 +3,15 @@ from libc.stdint cimport uint32_t
 
 
 cdef class Reader:
-    cdef readonly int family
-    cdef int fd, wake, inside
+    cdef int fd, wake, inside, process
     cdef readonly bint closed
     cdef Pool pool
-    cdef bint counting
+    cdef bint counting, reporting
     cdef uint32_t last_drops
     cdef long long total_drops
     cdef readonly long long batches, datagrams, bytes, truncated, control_truncated
-    cdef void advance(self, uint32_t drops) noexcept
+    cpdef tuple enter(self)
     cpdef int leave(self) except -1
+    cdef int part(self) except -1
+    cdef void shut(self) noexcept
+    cdef void advance(self, uint32_t drops) noexcept

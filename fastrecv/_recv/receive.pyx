@@ -9,19 +9,24 @@ import os
 import time
 
 from cpython.exc cimport PyErr_CheckSignals
-from fastrecv._recv.arena cimport Arena, Column, Endpoint, Layout, Lease, Path, Pool, arena_grow, lease, new_pool
+from fastrecv._recv.arena cimport Arena, Column, Endpoint, Layout, Lease, Path, Pool, lease, new_pool, nothing
 from fastrecv._recv.batch cimport Batch, new_batch
 from fastrecv._recv.linux cimport *
-from libc.errno cimport EAGAIN, EBADF, EINTR, ENOMEM, errno
+from libc.errno cimport EAGAIN, EBADF, EINTR, ESHUTDOWN, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
 MAX_BATCH = 1024  # UIO_MAXIOV, include/uapi/linux/uio.h: what recvmmsg(2) takes at most
 MAX_SLOT = 1 << 20
 _MAX_DATAGRAM = 65535
-_TRAIN = 128  # UDP_MAX_SEGMENTS, include/linux/udp.h: the rows that a GRO train is expected to make at most
-_LINE = 64  # a cache line
 _GLANCE = 1.0  # seconds between looks for a signal that came just before the wait, or to another thread
+
+
+cdef enum:
+    _TRAIN = 128  # UDP_MAX_SEGMENTS, include/linux/udp.h: datagrams of a GRO train at most
+    _LINE = 64  # a cache line
+    _NAP = 1000000  # ns
+    _SCM_PIDFD = 4  # include/linux/socket.h, Linux 6.5
 
 
 cdef enum Flag:
@@ -44,7 +49,7 @@ cdef struct Control:
     uint8_t tos
 
 
-cdef struct Round:
+cdef struct Tally:
     # What one recvmmsg(2) brought.
     int64_t bytes
     int truncated
@@ -60,10 +65,13 @@ cdef inline void map4(uint8_t *address, const void *four) noexcept nogil:
     memcpy(address + 12, four, 4)
 
 
-cdef inline void endpoint(const void *name, Endpoint *to) noexcept nogil:
-    """The row of a struct sockaddr_in or sockaddr_in6."""
+cdef inline void endpoint(const void *name, socklen_t size, Endpoint *to) noexcept nogil:
+    """The row of a struct sockaddr_in or sockaddr_in6; zeros where the kernel gave neither."""
     cdef const sockaddr_in *four = <const sockaddr_in *>name
     cdef const sockaddr_in6 *six = <const sockaddr_in6 *>name
+    if size < sizeof(sockaddr_in):  # what stands there is from another round
+        memset(to, 0, sizeof(Endpoint))
+        return
     to.family = four.sin_family
     if four.sin_family == AF_INET:
         to.port = ntohs(four.sin_port)
@@ -73,7 +81,7 @@ cdef inline void endpoint(const void *name, Endpoint *to) noexcept nogil:
         to.port = ntohs(six.sin6_port)
         to.scope = six.sin6_scope_id
         memcpy(to.address, &six.sin6_addr, 16)
-    else:  # the kernel gave no name
+    else:
         memset(to, 0, sizeof(Endpoint))
 
 
@@ -97,7 +105,14 @@ cdef void read_control(msghdr *message, Control *control) noexcept nogil:
         data = CMSG_DATA(part)
         size = part.cmsg_len - CMSG_LEN(0)
         if part.cmsg_level == SOL_SOCKET:
-            if part.cmsg_type == SO_RXQ_OVFL and size >= 4:
+            if part.cmsg_type in (SCM_RIGHTS, _SCM_PIDFD):
+                # A stranger may send descriptors wherever there is room for them: nobody here wants any.
+                while size >= sizeof(int):
+                    memcpy(&number, data, sizeof(int))
+                    close(number)
+                    data += sizeof(int)
+                    size -= sizeof(int)
+            elif part.cmsg_type == SO_RXQ_OVFL and size >= 4:
                 memcpy(&control.drops, data, 4)
                 control.has_drops = True
             elif part.cmsg_type in (SO_TIMESTAMPNS_NEW, SO_TIMESTAMPNS_OLD) and size >= sizeof(__kernel_timespec):
@@ -141,14 +156,14 @@ cdef void read_control(msghdr *message, Control *control) noexcept nogil:
         part = CMSG_NXTHDR(message, part)
 
 
-cdef int fill(int fd, Arena *arena, Round *round) noexcept nogil:
+cdef int fill(int fd, Arena *arena, Tally *tally) noexcept nogil:
     """One recvmmsg(2) into a free arena. The datagrams it brought, or a negative errno."""
     cdef const Layout *layout = &arena.layout
     cdef msghdr *message
     cdef Control control
     cdef Path *path
     cdef int64_t start
-    cdef int i, count, length, piece, row = 0
+    cdef int i, count, length, piece, pieces, row = 0
     cdef uint8_t flags
     arena.rows = 0
     for i in range(arena.used):  # only what the last round has written
@@ -156,7 +171,7 @@ cdef int fill(int fd, Arena *arena, Round *round) noexcept nogil:
         message.msg_namelen = <socklen_t>layout.name_size
         message.msg_controllen = <size_t>layout.control_size
     arena.used = 0
-    count = recvmmsg(fd, arena.headers, <unsigned int>layout.slots, MSG_DONTWAIT, NULL)
+    count = recvmmsg(fd, arena.headers, <unsigned int>layout.slots, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL)
     if count < 0:
         arena.used = 1  # no more than the first can have been written before the call failed
         return -errno
@@ -168,29 +183,28 @@ cdef int fill(int fd, Arena *arena, Round *round) noexcept nogil:
         flags = 0
         if message.msg_flags & MSG_TRUNC:
             flags |= Flag.TRUNCATED_ROW
-            round.truncated += 1
+            tally.truncated += 1
         if message.msg_flags & MSG_CTRUNC:
             flags |= Flag.CONTROL_TRUNCATED_ROW
-            round.control_truncated += 1
+            tally.control_truncated += 1
         if layout.control_size:
             read_control(message, &control)
             if control.has_drops:
-                round.drops = control.drops
-                round.has_drops = True
-        round.bytes += length
+                tally.drops = control.drops
+                tally.has_drops = True
+        tally.bytes += length
         start = i * layout.stride
+        pieces = 0
         while True:
             piece = length
-            if layout.segmented and 0 < control.segment < length:
+            pieces += 1
+            if layout.segmented and 0 < control.segment < length and pieces < _TRAIN:
                 piece = control.segment
-            if row == arena.room and arena_grow(arena, 2 * row) < 0:
-                arena.rows = 0
-                return -ENOMEM
             arena.offsets[row] = start
             arena.lengths[row] = piece
             arena.flags[row] = flags
             if arena.sources != NULL:
-                endpoint(message.msg_name, &arena.sources[row])
+                endpoint(message.msg_name, message.msg_namelen, &arena.sources[row])
             elif arena.paths != NULL:
                 path = &arena.paths[row]
                 path.length = 0
@@ -218,29 +232,54 @@ cdef int fill(int fd, Arena *arena, Round *round) noexcept nogil:
     return count
 
 
-cdef void forget_errors(int fd) noexcept nogil:
-    """Empty the error queue of a socket with IP_RECVERR, which polls as ready until that is done; ip(7).
+cdef int next_error(int fd) noexcept nogil:
+    """Take one report off the error queue of a socket with IP_RECVERR, ip(7); its errno, 0 where there is none.
 
-    The errors themselves have come from recvmmsg by now.
+    Such a socket polls as ready until its queue is empty.
     """
-    cdef msghdr nothing
-    memset(&nothing, 0, sizeof(nothing))
-    while recvmsg(fd, &nothing, MSG_ERRQUEUE | MSG_DONTWAIT) >= 0:
-        pass
+    cdef msghdr report
+    cdef uint8_t[512] control
+    cdef cmsghdr *part
+    cdef sock_extended_err error
+    memset(&report, 0, sizeof(report))
+    report.msg_control = control
+    report.msg_controllen = sizeof(control)
+    if recvmsg(fd, &report, MSG_ERRQUEUE | MSG_DONTWAIT) < 0:
+        return 0
+    part = CMSG_FIRSTHDR(&report)
+    while part != NULL:
+        if (
+            (part.cmsg_level == IPPROTO_IP and part.cmsg_type == IP_RECVERR)
+            or (part.cmsg_level == IPPROTO_IPV6 and part.cmsg_type == IPV6_RECVERR)
+        ) and part.cmsg_len >= CMSG_LEN(sizeof(error)):
+            memcpy(&error, CMSG_DATA(part), sizeof(error))
+            if error.ee_origin in (SO_EE_ORIGIN_LOCAL, SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6):
+                return <int>error.ee_errno
+        part = CMSG_NXTHDR(&report, part)
+    return 0
 
 
 cdef int wait(int fd, int wake, double seconds) noexcept nogil:
-    """Wait until something may be received, the receiver is closed, a signal comes or the time is over."""
+    """Wait until something may be received, the receiver is closed, a signal comes or the time is over.
+
+    What the socket polls as, or a negative errno.
+    """
     cdef pollfd[2] polled
     cdef timespec limit
     limit.tv_sec = <long>seconds
     limit.tv_nsec = <long>((seconds - limit.tv_sec) * 1e9)
     polled[0].fd = fd
     polled[1].fd = wake
-    polled[0].events = polled[1].events = <short>POLLIN
-    if ppoll(polled, 2, &limit, NULL) < 0:
-        return -errno
-    return 0
+    polled[0].events = <short>(POLLIN | POLLRDHUP)
+    polled[1].events = <short>POLLIN
+    return -errno if ppoll(polled, 2, &limit, NULL) < 0 else polled[0].revents
+
+
+cdef void nap() noexcept nogil:
+    cdef timespec time
+    time.tv_sec = 0
+    time.tv_nsec = _NAP
+    nanosleep(&time, NULL)
 
 
 cdef class Reader:
@@ -248,21 +287,22 @@ cdef class Reader:
 
     fd : the socket; it stays the caller's, the Reader works on a descriptor of its own for it.
     control_size : bytes of control messages a datagram may bring. columns : which of Column.
-    segmented : the socket has UDP_GRO on. Everything else: fastrecv.Receiver.
+    segmented : the socket has UDP_GRO on. reporting : it has IP_RECVERR on, and its error queue is nobody else's.
+    drops : the kernel's counter of them as it stands, -1 not to count. Everything else: fastrecv.Receiver.
 
     Any number of threads may receive at once, each into an arena of its own. What counts is done under the GIL.
     """
 
-    def __cinit__(self):
-        self.fd = self.wake = -1
-
-    def __init__(
+    def __cinit__(
         self, int fd, int family, int batch_size, int slot_size, int arenas, int max_arenas,
-        int control_size, int columns, bint segmented, bint counting,
+        int control_size, int columns, bint segmented, bint reporting, long long drops,
     ):
         cdef Layout layout
-        self.family = family
-        self.counting = counting
+        self.fd = self.wake = -1
+        self.process = getpid()
+        self.reporting = reporting
+        self.counting = drops >= 0
+        self.last_drops = <uint32_t>(drops if drops >= 0 else 0)
         memset(&layout, 0, sizeof(layout))
         layout.slots = batch_size
         layout.slot_size = max(slot_size, _MAX_DATAGRAM) if segmented else slot_size
@@ -298,65 +338,77 @@ cdef class Reader:
 
     def recv(self, timeout):
         """One batch; fastrecv.Receiver.recv."""
-        cdef double deadline = math.inf, seconds
-        cdef bint waits = True
-        cdef Arena *arena
+        cdef double deadline = deadline_of(timeout), seconds
+        cdef bint waits = timeout is None or timeout > 0
         cdef Lease held
-        cdef Round round
-        cdef int count
-        if timeout is not None:
-            seconds = timeout
-            if not seconds >= 0:  # NaN too
-                raise ValueError(f"timeout is {timeout!r}: give seconds, 0 not to wait, None to wait for ever")
-            waits = seconds > 0
-            if waits:
-                deadline = time.monotonic() + seconds
+        cdef Tally tally
+        cdef int count, code, polled = 0
+        memset(&tally, 0, sizeof(tally))
         if self.closed:
             raise closed_error()
-        arena = self.pool.take()
-        held = lease(arena, self.pool)  # from here on it goes back however this ends
-        memset(&round, 0, sizeof(round))
         self.inside += 1
         try:
             while True:
+                held = lease(self.pool.take(), self.pool)  # from here on it goes back however this ends
                 with nogil:
-                    count = fill(self.fd, arena, &round)
-                    if count == -EAGAIN:
-                        forget_errors(self.fd)
+                    count = fill(self.fd, held.arena, &tally)
+                    code = next_error(self.fd) if count < 0 and count != -EINTR and self.reporting else 0
                 if count > 0:
                     break
+                held = None  # nobody needs an arena to wait
                 if count == -EINTR:
                     PyErr_CheckSignals()
-                elif count < 0 and count != -EAGAIN:
-                    raise MemoryError if count == -ENOMEM else OSError(-count, os.strerror(-count))
-                elif not waits or (seconds := min(deadline - time.monotonic(), _GLANCE)) <= 0:
-                    break
-                else:
-                    with nogil:
-                        count = wait(self.fd, self.wake, seconds)
-                    PyErr_CheckSignals()
-                    if count < 0 and count != -EINTR:
-                        raise OSError(-count, os.strerror(-count))
-                    if self.closed:
-                        raise closed_error()
+                    continue
+                if count < 0 and count != -EAGAIN:
+                    raise OSError(-count, os.strerror(-count))
+                if code:
+                    raise OSError(code, os.strerror(code))
+                if polled & POLLRDHUP:
+                    raise OSError(ESHUTDOWN, "the socket was shut down for receiving")
+                if not waits or (seconds := min(deadline - time.monotonic(), _GLANCE)) <= 0:
+                    return new_batch(nothing(&self.pool.layout), self.total_drops if self.counting else -1)
+                if self.process != getpid():
+                    self.part()
+                    self.inside = 1
+                with nogil:
+                    if polled & POLLERR:
+                        nap()  # somebody else's error queue: until he empties it the socket polls as ready
+                    polled = wait(self.fd, self.wake, seconds)
+                PyErr_CheckSignals()
+                if polled < 0 and polled != -EINTR:
+                    raise OSError(-polled, os.strerror(-polled))
+                polled = max(polled, 0)
+                if self.closed:
+                    raise closed_error()
         finally:
             self.leave()
-        if count > 0:
-            self.batches += 1
-            self.datagrams += arena.rows
-            self.bytes += round.bytes
-            self.truncated += round.truncated
-            self.control_truncated += round.control_truncated
-            if round.has_drops:
-                self.advance(round.drops)
+        self.batches += 1
+        self.datagrams += held.arena.rows
+        self.bytes += tally.bytes
+        self.truncated += tally.truncated
+        self.control_truncated += tally.control_truncated
+        if tally.has_drops:
+            self.advance(tally.drops)
         return new_batch(held, self.total_drops if self.counting else -1)
 
-    def enter(self):
+    cpdef tuple enter(self):
         """Two descriptors to wait for, which stay open until leave(): the socket's, and one that tells of close()."""
         if self.closed:
             raise closed_error()
+        if self.process != getpid():
+            self.part()
         self.inside += 1
         return self.fd, self.wake
+
+    cdef int part(self) except -1:
+        """After a fork: this process shares the socket, but must not wake, or be woken by, the other one."""
+        self.process = getpid()
+        self.inside = 0
+        close(self.wake)
+        self.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.wake < 0:
+            raise OSError(errno, os.strerror(errno))
+        return 0
 
     cdef void advance(self, uint32_t drops) noexcept:
         """Carry the kernel's 32-bit counter on in 64; a second thread may bring an older reading."""
@@ -366,30 +418,41 @@ cdef class Reader:
             self.last_drops = drops
 
     def close(self):
-        """Wake whoever waits in recv, and close the descriptor: at once, or when the last of them has left."""
-        if not self.closed:
-            self.closed = True
-            self.inside += 1
-            if self.wake >= 0:
-                os.write(self.wake, (1).to_bytes(8, "little"))  # never read: it wakes them all
-            self.leave()
+        """Wake whoever waits, and close the descriptors: at once, or when the last of them has left."""
+        if self.closed:
+            return
+        self.enter()
+        self.closed = True
+        if self.inside > 1:
+            os.write(self.wake, (1).to_bytes(8, "little"))  # never read: it wakes them all
+        self.leave()
 
     cpdef int leave(self) except -1:
         """Somebody is done with the descriptors; the last one after close() closes them."""
         self.inside -= 1
         if self.closed and self.inside == 0:
-            for fd in (self.fd, self.wake):
-                if fd >= 0:
-                    os.close(fd)
-            self.fd = self.wake = -1
+            self.shut()
         return 0
 
+    cdef void shut(self) noexcept:
+        cdef int fd = self.fd, wake = self.wake
+        self.fd = self.wake = -1
+        if fd >= 0:
+            close(fd)
+        if wake >= 0:
+            close(wake)
+
     def __dealloc__(self):
-        # Nobody is inside recv, which holds a reference.
-        if self.fd >= 0:
-            os.close(self.fd)
-        if self.wake >= 0:
-            os.close(self.wake)
+        self.shut()  # nobody is inside recv, which holds a reference
+
+
+def deadline_of(timeout):
+    """Until when, by time.monotonic(), a call with this timeout may wait."""
+    if timeout is None:
+        return math.inf
+    if not timeout >= 0:  # NaN too
+        raise ValueError(f"timeout is {timeout!r}: give seconds, 0 not to wait, None to wait for ever")
+    return time.monotonic() + timeout if timeout else 0.0
 
 
 def closed_error():

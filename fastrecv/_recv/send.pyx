@@ -1,11 +1,11 @@
 """The one loop that sends: sendmmsg(2), source addresses, and UDP_SEGMENT for runs to one peer, without the GIL."""
 
-import math
 import time
 
 import numpy
 
 from fastrecv._recv.arena import ENDPOINT
+from fastrecv._recv.receive import closed_error, deadline_of
 
 cimport numpy as cnp
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
@@ -71,13 +71,13 @@ cdef socklen_t name_of(const Row *row, bint raw, uint8_t *to) noexcept nogil:
     return 0
 
 
-cdef inline size_t part(msghdr *message, size_t used, int level, int kind, const void *data, size_t size) noexcept nogil:
+cdef inline size_t append(msghdr *message, size_t used, int level, int kind, const void *data, size_t size) noexcept nogil:
     """Append a control message; the bytes used now."""
-    cdef cmsghdr *at = <cmsghdr *>(<uint8_t *>message.msg_control + used)
-    at.cmsg_level = level
-    at.cmsg_type = kind
-    at.cmsg_len = CMSG_LEN(size)
-    memcpy(CMSG_DATA(at), data, size)
+    cdef cmsghdr *added = <cmsghdr *>(<uint8_t *>message.msg_control + used)
+    added.cmsg_level = level
+    added.cmsg_type = kind
+    added.cmsg_len = CMSG_LEN(size)
+    memcpy(CMSG_DATA(added), data, size)
     return used + CMSG_SPACE(size)
 
 
@@ -92,15 +92,17 @@ cdef size_t source_of(const Row *row, msghdr *message) noexcept nogil:
         memcpy(&four.ipi_spec_dst, row.source.address + 12, 4)
         if row.reply4:
             four.ipi_spec_dst.s_addr = row.reply4
-        return part(message, 0, IPPROTO_IP, IP_PKTINFO, &four, sizeof(four))
+        return append(message, 0, IPPROTO_IP, IP_PKTINFO, &four, sizeof(four))
     memset(&six, 0, sizeof(six))
     if row.source.address[0] == 0xFF:  # a group: from any address of the interface it came in by
         six.ipi6_ifindex = row.source.scope
     else:
         memcpy(&six.ipi6_addr, row.source.address, 16)
+        if row.reply4:  # IPv4 over a dual-stack socket
+            memcpy(<uint8_t *>&six.ipi6_addr + 12, &row.reply4, 4)
         if row.source.address[0] == 0xFE and row.source.address[1] & 0xC0 == 0x80:  # link-local
             six.ipi6_ifindex = row.source.scope
-    return part(message, 0, IPPROTO_IPV6, IPV6_PKTINFO, &six, sizeof(six))
+    return append(message, 0, IPPROTO_IPV6, IPV6_PKTINFO, &six, sizeof(six))
 
 
 cdef uint64_t sum16(const uint8_t *data, Py_ssize_t size, uint64_t total) noexcept nogil:
@@ -182,7 +184,7 @@ cdef int compose(Outbox *outbox, Row *rows, int count, bint raw, bint trains) no
         message.msg_controllen = source_of(&rows[row], message)
         if run > 1:
             segment = <uint16_t>rows[row].size
-            message.msg_controllen = part(message, message.msg_controllen, IPPROTO_UDP, UDP_SEGMENT, &segment, 2)
+            message.msg_controllen = append(message, message.msg_controllen, IPPROTO_UDP, UDP_SEGMENT, &segment, 2)
         for n in range(row, row + run):
             if raw:
                 header_of(&rows[n])
@@ -198,14 +200,17 @@ cdef int compose(Outbox *outbox, Row *rows, int count, bint raw, bint trains) no
     return _CHUNK
 
 
-cdef int wait_to_send(int fd, double seconds) noexcept nogil:
-    cdef pollfd polled
+cdef bint wait_to_send(int fd, int wake, double seconds) noexcept nogil:
+    """Wait for room in the send buffer; whether the Receiver was closed meanwhile."""
+    cdef pollfd[2] polled
     cdef timespec limit
     limit.tv_sec = <long>seconds
     limit.tv_nsec = <long>((seconds - limit.tv_sec) * 1e9)
-    polled.fd = fd
-    polled.events = <short>POLLOUT
-    return ppoll(&polled, 1, &limit, NULL)
+    polled[0].fd = fd
+    polled[0].events = <short>POLLOUT
+    polled[1].fd = wake
+    polled[1].events = <short>POLLIN
+    return ppoll(polled, 2, &limit, NULL) > 0 and polled[1].revents != 0
 
 
 cdef cnp.ndarray whole(endpoints):
@@ -213,6 +218,10 @@ cdef cnp.ndarray whole(endpoints):
     if endpoints.dtype != ENDPOINT or endpoints.ndim != 1:
         raise TypeError(f"destinations are a one-dimensional array of ENDPOINT, not of {endpoints.dtype}")
     return numpy.ascontiguousarray(endpoints)
+
+
+cdef Py_ssize_t rows_of(object given) except -1:
+    return (<Lease>given).arena.rows if isinstance(given, Lease) else len(given)
 
 
 cdef class Letters:
@@ -236,32 +245,40 @@ cdef class Letters:
         self.paths = NULL
 
     def __init__(self, payloads, to, source, chosen):
+        cdef bint batched = isinstance(payloads, Batch)
+        if isinstance(payloads, (bytes, bytearray, memoryview, str)):
+            raise TypeError("payloads are a sequence of datagrams: [b'...'], not one")
+        if not batched:
+            payloads = tuple(payloads)  # nobody else can change its length
+        if isinstance(to, list):
+            to = tuple(to)
         cdef Py_ssize_t n = len(payloads), i
         cdef Row *row
         cdef Arena *arena
-        cdef bint batched = isinstance(payloads, Batch)
         self.rows = <Row *>calloc(<size_t>(n + 1), sizeof(Row))
         self.buffers = <Py_buffer *>calloc(<size_t>(n + 1), sizeof(Py_buffer))
         self.paths = <Path *>calloc(<size_t>(n + 1), sizeof(Path))
         if self.rows == NULL or self.buffers == NULL or self.paths == NULL:
             raise MemoryError
         # Leases, not batches: release() in another thread must not pull the memory away.
-        self.keeps = [(<Batch>batch).lease for batch in (payloads, to, source) if isinstance(batch, Batch)]
+        payloads, to, source = ((<Batch>given).held() if isinstance(given, Batch) else given
+                                for given in (payloads, to, source))
+        self.keeps = [payloads, to, source]
         if isinstance(to, numpy.ndarray):
             to = whole(to)
         if isinstance(source, numpy.ndarray):
             source = whole(source)
             self.keeps.append(source)
-        if to is not None and len(to) not in (1, n):
-            raise ValueError(f"{n} payloads for {len(to)} destinations: give one for each")
-        if source is not None and len(source) != n:
-            raise ValueError(f"{n} payloads for {len(source)} sources: give one for each")
+        if to is not None and rows_of(to) not in (1, n):
+            raise ValueError(f"{n} payloads for {rows_of(to)} destinations: give one for each")
+        if source is not None and rows_of(source) != n:
+            raise ValueError(f"{n} payloads for {rows_of(source)} sources: give one for each")
         for i in range(n) if chosen is None else chosen:
             if not 0 <= i < n or self.count == n:
                 raise IndexError(f"row {i} of {n} payloads")
             row = &self.rows[self.count]
             if batched:
-                arena = (<Batch>payloads).alive()
+                arena = (<Lease>payloads).arena
                 row.data = arena.data + arena.offsets[i]
                 row.size = arena.lengths[i]
             elif payloads[i] is None:
@@ -272,9 +289,9 @@ cdef class Letters:
                 row.size = self.buffers[self.held].len
                 self.held += 1
             if to is not None:
-                self.address(row, to, i if len(to) > 1 else 0)
-            if isinstance(source, Batch):
-                arena = (<Batch>source).alive()
+                self.address(row, to, i if rows_of(to) > 1 else 0)
+            if isinstance(source, Lease):
+                arena = (<Lease>source).arena
                 if arena.destinations == NULL:
                     raise ValueError("the batch does not say where its datagrams were sent to")
                 row.source = &arena.destinations[i]
@@ -287,8 +304,8 @@ cdef class Letters:
         cdef Arena *arena
         cdef Path *path = &self.paths[self.count]
         cdef bytes name
-        if isinstance(to, Batch):
-            arena = (<Batch>to).alive()
+        if isinstance(to, Lease):
+            arena = (<Lease>to).arena
             if arena.sources != NULL:
                 row.to = arena.sources[i]
                 return 0
@@ -314,20 +331,22 @@ cdef class Letters:
         free(self.paths)
 
 
-def send(int fd, payloads, to, source=None, chosen=None, *, bint raw=False, bint tolerant=False, timeout=0):
+def send(
+    int fd, payloads, to, source=None, chosen=None, *, bint raw=False, bint tolerant=False, timeout=0, int wake=-1
+):
     """Send datagrams, in order; what they are: Letters. (sent, failed, errno of the first that failed).
 
     raw : the socket is a raw one; UDP headers, with source ports, are written here. tolerant : go on after a datagram
-    that the kernel refuses. timeout : seconds to wait for room in the send buffer; None for ever.
+    that the kernel refuses. timeout : seconds to wait for room in the send buffer; None for ever. wake : a descriptor
+    that becomes readable when the wait is to end.
     """
+    cdef double deadline = deadline_of(timeout), seconds
     cdef Letters letters = Letters(payloads, to, source, chosen)
-    cdef Outbox *outbox = <Outbox *>malloc(sizeof(Outbox))  # written as far as it is used
-    cdef double deadline = math.inf if timeout is None else time.monotonic() + timeout
-    cdef double seconds
+    cdef int row = 0, messages, done, i, code, failed = 0, first = 0
     cdef int domain = AF_UNIX
     cdef socklen_t size = sizeof(domain)
-    cdef bint trains
-    cdef int row = 0, messages, done, i, code, failed = 0, first = 0
+    cdef bint trains, closed
+    cdef Outbox *outbox = <Outbox *>malloc(sizeof(Outbox))  # written as far as it is used
     if outbox == NULL:
         raise MemoryError
     getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size)
@@ -344,13 +363,18 @@ def send(int fd, payloads, to, source=None, chosen=None, *, bint raw=False, bint
                 continue
             if code == EINTR:
                 PyErr_CheckSignals()
-            elif code == EAGAIN:
+            elif code == EAGAIN and not (tolerant and letters.rows[row].path != NULL):
                 seconds = min(deadline - time.monotonic(), 1.0)
                 if seconds <= 0:
                     break
+                if letters.rows[row].path != NULL:
+                    seconds = min(seconds, 0.001)
                 with nogil:
-                    wait_to_send(fd, seconds)
+                    # To a path it is the peer's queue that is full, which no poll of ours tells of: unix(7).
+                    closed = wait_to_send(-1 if letters.rows[row].path != NULL else fd, wake, seconds)
                 PyErr_CheckSignals()
+                if closed:
+                    raise closed_error()
             elif outbox.rows[0] > 1 and code in (EIO, EINVAL, EMSGSIZE):
                 # No trains this way: a segment beyond the path's MTU, or a device without checksums; udp(7).
                 trains = False

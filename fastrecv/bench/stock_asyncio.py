@@ -1,8 +1,8 @@
 """Stock asyncio in a process of its own, run as a plain script: FD, then on stdin how many datagrams to drain.
 
 What 256 KiB a datagram cost, which asyncio asks for, is glibc's business: a process whose heap has no such room,
-because it does nothing but this, gets an mmap and a munmap for each; one that once had larger things in its heap, as the
-bench has, does not. So this file imports nothing that a small service would not.
+because it does nothing but this, gets an mmap and a munmap for each; one that once had larger things in its heap, as
+the bench has, does not. So this file imports nothing that a small service would not.
 """
 
 import asyncio

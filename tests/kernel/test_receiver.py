@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyroute2 import IPRoute
@@ -67,7 +69,7 @@ def test_an_any_port_service_answers_from_the_address_and_port_that_was_asked(
         found = 0
         while found < len(places):
             batch = receiver.recv(5)
-            told = [batch.destination(i) or () for i in range(len(batch))]
+            told: list[Any] = [batch.destination(i) for i in range(len(batch))]
             mapped = bound == "::" and "." in asked
             assert [(str(where[0])[7 * mapped :], where[1]) for where in told] == places[found : found + len(batch)]
             with only(CAP_NET_RAW if raw else CAP_NET_BIND_SERVICE):
@@ -78,13 +80,45 @@ def test_an_any_port_service_answers_from_the_address_and_port_that_was_asked(
         assert receiver.statistics().unanswered == 0
 
 
-def test_a_low_port_takes_one_of_two_privileges(namespace: Namespace) -> None:
+def test_an_answer_that_takes_a_privilege_is_counted_logged_once_and_the_others_go(
+    namespace: Namespace, caplog: pytest.LogCaptureFixture
+) -> None:
     receiver = Receiver.bind(("127.0.0.1", 7000), destinations=True, destination_ports=True)
-    words = r"cannot answer from 198\.51\.100\.1 port 53: Permission denied; CAP_NET_RAW would do"
-    with receiver, steered(namespace, receiver), ask("198.51.100.1", 53, b"?"):
+    with receiver, steered(namespace, receiver), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(ask("198.51.100.1", port, b"?")) for port in (53, 54, 5000)]
         batch = receiver.recv(5)
-        with only(), pytest.raises(PermissionError, match=words):
-            receiver.reply(batch, [b"!"])
+        with only():
+            assert receiver.reply(batch, [b"!"] * 3) == 1
+        assert clients[2].recv(9) == b"!"
+    assert receiver.statistics().unanswered == 2
+    (record,) = caplog.records
+    assert record.getMessage().startswith("cannot answer from 198.51.100.1 port 53: Permission denied (said once)")
+
+
+def test_threads_that_answer_through_few_bound_sockets_answer_from_the_right_ports(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replies, "_CACHED", 1)
+    receiver = Receiver.bind(("127.0.0.1", 7000), destinations=True, destination_ports=True, arenas=8)
+    answers = []
+    with receiver, steered(namespace, receiver), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(ask("198.51.100.1", port, b"%d" % port)) for port in (5000, 5001)]
+        batches = [receiver.recv(5)]
+        assert len(batches[0]) == 2
+
+        def answer(row: int) -> None:
+            with only():
+                payloads = [bytes(view) if i == row else None for i, (view, _) in enumerate(batches[0])]
+                answers.append(sum(receiver.reply(batches[0], payloads) for _ in range(200)))
+
+        threads = [threading.Thread(target=answer, args=[row]) for row in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers == [200, 200]
+        for client, port in zip(clients, (5000, 5001), strict=True):
+            assert {client.recv(9) for _ in range(200)} == {b"%d" % port}
 
 
 def test_bound_reply_sockets_are_few_and_receive_nothing(namespace: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:

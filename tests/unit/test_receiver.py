@@ -245,14 +245,149 @@ def test_an_error_queue_that_nobody_reads_does_not_keep_anybody_spinning() -> No
             where = nobody.getsockname()
         sock.connect(where)
         sock.send(b"x")
-        with Receiver(sock) as receiver:
+        with Receiver(sock) as receiver, select.epoll() as loop:  # somebody else's loop
+            loop.register(sock, select.EPOLLIN)
+            assert loop.poll(5) == [(sock.fileno(), select.EPOLLERR)]
             with pytest.raises(ConnectionRefusedError):
-                receiver.recv(5)
-            with select.epoll() as loop:  # somebody else's loop
-                loop.register(sock, select.EPOLLIN)
-                assert loop.poll(0) == [(sock.fileno(), select.EPOLLERR)]
+                receiver.recv(0)
+            assert loop.poll(0) == []
+            for _ in range(50):  # one refusal each, none twice and none lost
+                sock.send(b"x")
+                assert loop.poll(5)
+                with pytest.raises(ConnectionRefusedError):
+                    receiver.recv(0)
                 assert not receiver.recv(0)
-                assert loop.poll(0) == []
+
+
+def test_an_error_queue_that_is_kept_for_something_else_is_left_alone() -> None:
+    with socket.socket(type=socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, 37, 1 << 1 | 1 << 4)  # SO_TIMESTAMPING: TX_SOFTWARE | SOFTWARE
+        sock.bind(("127.0.0.1", 0))
+        with Receiver(sock) as receiver:
+            sock.sendto(b"x", sock.getsockname())
+            assert len(receiver.recv(5)) == 1
+            before = time.process_time()
+            assert not receiver.recv(0.3)
+            assert time.process_time() - before < 0.2
+            assert receiver.features == set()
+        assert sock.recvmsg(100, 200, socket.MSG_ERRQUEUE)[1]  # its transmit timestamp
+
+
+def test_a_socket_that_was_shut_down_says_so(receiver: Receiver) -> None:
+    with sender(receiver) as sock:
+        receiver.socket.connect(sock.getsockname())
+        receiver.socket.shutdown(socket.SHUT_RD)
+        with pytest.raises(OSError, match="the socket was shut down for receiving") as caught:
+            receiver.recv(5)
+        assert caught.value.errno == errno.ESHUTDOWN
+
+
+def test_descriptors_that_a_stranger_sends_are_closed(tmp_path: Path) -> None:
+    with Receiver.bind(tmp_path / "x", timestamps=True) as receiver:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            before = descriptors()
+            sock.connect(str(tmp_path / "x"))
+            for i in range(10):
+                socket.send_fds(sock, [b"%d" % i], [0, 0, 0, 0])
+            found = gather(receiver, 10)
+        assert descriptors() == before - 1
+        assert [payload for payload, _ in found] == [b"%d" % i for i in range(10)]
+
+
+def test_a_child_of_a_fork_neither_wakes_nor_unnames_its_parent(tmp_path: Path) -> None:
+    program = (
+        "import fastrecv, os, sys, time, warnings\n"
+        "warnings.simplefilter('ignore')\n"
+        "receiver = fastrecv.Receiver.bind(sys.argv[1])\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    receiver.close()\n"
+        "    os._exit(0)\n"
+        "os.waitpid(child, 0)\n"
+        "before = time.process_time()\n"
+        "assert not receiver.recv(0.3)\n"
+        "assert time.process_time() - before < 0.2\n"
+        "assert os.path.exists(sys.argv[1])\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    assert not receiver.recv(0.6)\n"
+        "    os._exit(0 if time.process_time() < 0.2 else 1)\n"
+        "time.sleep(0.1)\n"
+        "receiver.close()\n"
+        "assert not os.path.exists(sys.argv[1])\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "x")], check=True, timeout=20)
+
+
+def test_a_path_that_a_successor_has_taken_is_left_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    first = Receiver.bind(path)
+    path.unlink()
+    with Receiver.bind(path) as second:
+        first.close()
+        assert path.exists()
+        with sender(second) as sock:
+            sock.send(b"x")
+            assert len(second.recv(5)) == 1
+    assert not path.exists()
+
+
+def test_more_threads_than_arenas_may_wait(receiver: Receiver) -> None:
+    sizes: list[int] = []
+    threads = [threading.Thread(target=lambda: sizes.append(len(receiver.recv(0.3)))) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sizes == [0] * 12
+
+
+def test_one_arena_is_enough_for_a_loop() -> None:
+    with Receiver.bind(("127.0.0.1", 0), arenas=1) as receiver, sender(receiver) as sock:
+        sock.send(b"x")
+        count = 0
+        for batch in receiver:
+            count += len(batch)
+            del batch
+            if count == 5:
+                break
+            sock.send(b"x")
+
+
+def test_a_closed_receiver_says_so(receiver: Receiver) -> None:
+    receiver.close()
+    for use in (lambda: receiver.address, lambda: receiver.drops, lambda: receiver.join("239.1.1.1"),
+                lambda: receiver.receive_buffer, lambda: receiver.send([b"x"])):  # fmt: skip
+        with pytest.raises(OSError, match="the Receiver is closed"):
+            use()
+
+
+def test_drops_count_from_the_receivers_beginning() -> None:
+    with socket.socket(type=socket.SOCK_DGRAM) as sock, socket.socket(type=socket.SOCK_DGRAM) as peer:
+        sock.bind(("127.0.0.1", 0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        for _ in range(100):
+            peer.sendto(bytes(500), sock.getsockname())
+        while select.select([sock], [], [], 0)[0]:
+            sock.recv(1000)
+        assert sockets.drops(sock) > 50
+        with Receiver(sock, drops=True) as receiver:
+            peer.sendto(b"x", sock.getsockname())
+            assert receiver.recv(5).drops == 0
+
+
+def test_busy_polling_is_asked_for_whole() -> None:
+    with pytest.raises(ValueError, match="need busy_poll"):
+        Receiver.bind(("127.0.0.1", 0), prefer_busy_poll=True)
+
+
+def test_transmit_timestamps_of_the_owner_survive_what_we_ask_for() -> None:
+    with socket.socket(type=socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, 65, 1 << 1 | 1 << 4)  # SO_TIMESTAMPING_NEW
+        with Receiver(sock, hardware_timestamps=True) as receiver:
+            assert receiver.features == {"hardware_timestamps"}
+            assert sock.getsockopt(socket.SOL_SOCKET, 65) == 1 << 1 | 1 << 4 | 1 << 2 | 1 << 6
 
 
 def test_close_from_another_thread_wakes_every_waiting_recv(receiver: Receiver) -> None:
@@ -286,8 +421,10 @@ def test_a_watched_receiver_tells_of_datagrams_and_of_its_end(receiver: Receiver
             sock.send(b"x")
         assert len(select.select(descriptors, [], [], 5)[0]) == 1
         assert len(receiver.recv_nowait()) == 1
-        threading.Timer(0.05, receiver.close).start()
+        timer = threading.Timer(0.05, receiver.close)
+        timer.start()
         assert len(select.select(descriptors, [], [], 5)[0]) == 1
+        timer.join()
         assert receiver.closed
         assert all(os.fstat(descriptor) for descriptor in descriptors)  # not yet somebody else's
     for descriptor in descriptors:
@@ -438,6 +575,8 @@ def test_a_gro_train_is_split_into_what_was_sent(family: socket.AddressFamily) -
         found += gather(receiver, len(payloads) - len(found))
         assert [payload for payload, _ in found] == payloads
         assert {source for _, source in found} == {other.address}
+        assert batch.tos is not None
+        assert set(batch.tos.tolist()) == {0}
         assert batch.destinations is not None
         assert set(batch.destinations["port"].tolist()) <= {0}
         assert {batch.destination(i)[0] for i in range(len(batch))} == {LOOPBACK[family]}  # type: ignore[index]

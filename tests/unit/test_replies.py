@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import random
 import socket
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,8 +34,12 @@ def test_one_payload_each_to_addresses_of_their_own(host: str) -> None:
         addresses = [sink.getsockname() for sink in sinks]
         assert sender.send(payloads, addresses) == 3
         assert sender.send([np.frombuffer(b"dddd", np.uint8)] * 3, sockets.endpoints(addresses)) == 3
+        assert sender.send([b"e"], sockets.endpoints(addresses)[0]) == 1
+        assert sender.send([b"f"] * 3, tuple(addresses)) == 3
+        assert drain(sinks[0], 4)[2:] == [b"e", b"f"]
         for sink, payload in zip(sinks, payloads, strict=True):
-            assert drain(sink, 2) == [bytes(payload), b"dddd"]
+            if sink is not sinks[0]:
+                assert drain(sink, 3) == [bytes(payload), b"dddd", b"f"]
             sink.close()
 
 
@@ -104,12 +111,55 @@ def test_without_room_in_the_send_buffer_the_count_says_how_far_it_went() -> Non
         assert sender.send([b"x"], timeout=0) == 0
 
 
+@pytest.mark.parametrize("timeout", [-1, float("nan")])
+def test_a_timeout_that_is_none_is_refused(timeout: float) -> None:
+    with Receiver.bind(("127.0.0.1", 0)) as sender, pytest.raises(ValueError, match="give seconds"):
+        sender.send([b"x"], sender.address, timeout)
+
+
+def test_one_unix_peer_that_does_not_read_holds_up_no_other(tmp_path: Path) -> None:
+    with Receiver.bind(tmp_path / "server") as receiver:
+        deaf, good = (Receiver.bind(tmp_path / name) for name in ("deaf", "good"))
+        with deaf, good:
+            while deaf.send([b"?"], tmp_path / "server", 0):
+                batch = receiver.recv(0)
+                if receiver.reply(batch, [b"!"]) == 0:  # its queue is full now
+                    break
+            good.send([b"?"], tmp_path / "server")
+            deaf.send([b"?"], tmp_path / "server")
+            batch = receiver.recv(5)
+            while len(batch) < 2:
+                batch = receiver.recv(5) if not len(batch) else batch
+                break
+            unanswered = receiver.statistics().unanswered
+            begin = time.process_time()
+            assert receiver.reply(batch, [b"!"] * len(batch)) == 1
+            assert receiver.statistics().unanswered == unanswered + len(batch) - 1
+            assert receiver.send([b"x"], tmp_path / "deaf", 0.2) == 0
+            assert time.process_time() - begin < 0.15
+            assert bytes(good.recv(5)[0]) == b"!"
+
+
+def test_a_send_that_waits_is_woken_by_close_and_reaches_nobody_else() -> None:
+    first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with first, second:
+        sender = Receiver(first)
+        while sender.send([b"full"], timeout=0):
+            pass
+        threading.Timer(0.1, sender.close).start()
+        with pytest.raises(OSError, match="the Receiver is closed"):
+            sender.send([b"secret"])
+
+
 @pytest.mark.parametrize(
     ("payloads", "destinations", "error", "words"),
     [
         ([b"a", b"b"], [("127.0.0.1", 1)] * 3, ValueError, "2 payloads for 3 destinations"),
         (["text"], ("127.0.0.1", 1), TypeError, "bytes-like"),
         ([b"a"], ("localhost", 1), ValueError, "'localhost' is no numeric IPv4 or IPv6 address"),
+        (b"abc", ("127.0.0.1", 1), TypeError, "payloads are a sequence of datagrams"),
+        ([b"a", b"b"], [("127.0.0.1", 1), ["127.0.0.1", 1]], TypeError, "is no socket address"),
+        ([b"a", b"b"], ["path", ("127.0.0.1", 1)], TypeError, "'path' is no socket address"),
         ([b"a"], np.zeros(1, "u4"), TypeError, "one-dimensional array of ENDPOINT"),
         ([b"a"], np.zeros((1, 1), ENDPOINT), TypeError, "one-dimensional array of ENDPOINT"),
         ([b"a"], "x" * 109, ValueError, "too long for the path of a socket"),

@@ -116,6 +116,21 @@ def test_a_group_from_any_source() -> None:
         assert not joined.recv(0.05)
 
 
+def test_a_dual_stack_socket_answers_a_group_and_a_broadcast_from_an_address_of_its_own() -> None:
+    with Receiver.bind(("::", 0), destinations=True) as receiver, socket.socket(type=socket.SOCK_DGRAM) as client:
+        receiver.join(GROUP, interface="lo")
+        client.bind(("127.0.0.1", 0))
+        client.settimeout(5)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        client.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+        for asked in (GROUP, "127.255.255.255"):
+            client.sendto(b"?", (asked, receiver.address[1]))
+            batch = receiver.recv(5)
+            assert batch.destination(0) == (f"::ffff:{asked}", 0, 0, socket.if_nametoindex("lo"))
+            assert receiver.reply(batch, [b"!"]) == 1
+            assert client.recvfrom(9) == (b"!", ("127.0.0.1", receiver.address[1]))
+
+
 def test_a_group_from_one_source_only() -> None:
     with Receiver.bind(("", 0)) as receiver:
         receiver.join(GROUP, interface="lo", source="127.0.0.2")
