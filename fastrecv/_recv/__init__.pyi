@@ -64,8 +64,8 @@ class Batch:
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
 
 class Reader:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         fd: int,
         family: int,
         batch_size: int,
@@ -77,7 +77,7 @@ class Reader:
         segmented: bool,
         reporting: bool,
         drops: int,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def closed(self) -> bool: ...
     @property

@@ -7,6 +7,7 @@ the sum, and alone on what was received before.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import socket
 import struct
 from collections import defaultdict
@@ -50,15 +51,24 @@ Datagrams = Iterable[tuple[bytes, tuple[Any, ...]]]
 
 
 @dataclass(frozen=True)
+class Way:
+    """One way to do a task datagram by datagram. `work` returns how many datagrams its result stands for."""
+
+    title: str
+    work: Callable[[Datagrams], int]
+    libraries: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Task:
-    """What is made of datagrams. `each` (by title) and `batched` return how many datagrams their result stands for.
+    """What is made of datagrams. `batched` returns how many datagrams its result stands for.
 
     payload : what every datagram carries.
     """
 
     name: str
     payload: bytes
-    each: dict[str, Callable[[Datagrams], int]]
+    each: tuple[Way, ...]
     batched: Callable[[Iterable[Batch]], int]
     batched_title: str
 
@@ -86,6 +96,17 @@ def netflow_two_fields(datagrams: Datagrams) -> tuple[int, int]:
         for record_packets, record_octets in _TOTALS.iter_unpack(data[24 : 24 + 48 * count]):
             packets += record_packets
             octets += record_octets
+    return packets, octets
+
+
+def netflow_package(datagrams: Datagrams) -> tuple[int, int]:
+    """The same by the netflow package of PyPI: a dict for every record."""
+    parse: Callable[[bytes, dict[Any, Any]], Any] = importlib.import_module("netflow").parse_packet
+    packets = octets = 0
+    for data, _source in datagrams:
+        for flow in parse(data, {}).flows:
+            packets += flow.data["IN_PACKETS"]
+            octets += flow.data["IN_OCTETS"]
     return packets, octets
 
 
@@ -134,16 +155,17 @@ def _whole(octets: int) -> int:
 
 NETFLOW = Task(
     "netflow", _netflow_payload(),
-    {
-        "recvfrom + struct": lambda datagrams: _whole(netflow_totals(datagrams)[1]),
-        "recvfrom + struct, two fields only": lambda datagrams: _whole(netflow_two_fields(datagrams)[1]),
-    },
+    (
+        Way("recvfrom + struct", lambda datagrams: _whole(netflow_totals(datagrams)[1])),
+        Way("recvfrom + struct, two fields only", lambda datagrams: _whole(netflow_two_fields(datagrams)[1])),
+        Way("recvfrom + netflow.parse_packet", lambda datagrams: _whole(netflow_package(datagrams)[1]), ("netflow",)),
+    ),
     lambda batches: _whole(sum_netflow(batches)[1]),
     "Receiver, batch.records + numpy",
 )  # fmt: skip
 SENDERS = Task(
     "senders", bytes(128),
-    {"recvfrom + dict": lambda datagrams: sum(_count_each(datagrams).values())},
+    (Way("recvfrom + dict", lambda datagrams: sum(_count_each(datagrams).values())),),
     lambda batches: int(count_senders(batches)[1].sum()),
     "Receiver, batch.sources + numpy.unique",
 )  # fmt: skip
@@ -188,18 +210,12 @@ def contenders(task: Task) -> tuple[Contender, ...]:
     """
     made = []
     for alone, suffix, what in ((False, "", ""), (True, "-alone", "decoding alone: ")):
-        for number, (title, work) in enumerate(task.each.items()):
+        for number, way in enumerate(task.each):
             name = f"each{'' if number == 0 else f'-{number + 1}'}{suffix}"
-            made.append(Contender(name, f"{what}{title}", "python", partial(_each, work=work, alone=alone)))
+            opened = partial(_each, work=way.work, alone=alone)
+            made.append(Contender(name, f"{what}{way.title}", "python", opened, libraries=way.libraries))
         for batch_size, slot_size, options in _SIZES:
-            opened = partial(_batched, task=task, alone=alone, batch_size=batch_size, slot_size=slot_size)
-            made.append(
-                Contender(
-                    f"batch-{batch_size}{suffix}",
-                    f"{what}{task.batched_title}{options}",
-                    "fastrecv",
-                    opened,
-                    warm=3 * batch_size,
-                )
-            )
+            batches = partial(_batched, task=task, alone=alone, batch_size=batch_size, slot_size=slot_size)
+            title = f"{what}{task.batched_title}{options}"
+            made.append(Contender(f"batch-{batch_size}{suffix}", title, "fastrecv", batches, warm=3 * batch_size))
     return tuple(made)

@@ -152,10 +152,10 @@ def test_both_ways_to_decode_give_the_same(lab: Lab) -> None:
 
 def test_a_decoder_that_misreads_is_found_out() -> None:
     for task in (NETFLOW, SENDERS):
-        assert {work([(task.payload, ("192.0.2.2", 1))] * 5) for work in task.each.values()} == {5}
+        assert {way.work([(task.payload, ("192.0.2.2", 1))] * 5) for way in task.each} == {5}
     version9 = b"\0\x09" + NETFLOW.payload[2:]
-    assert {work([(version9, ("192.0.2.2", 1))] * 5) for work in NETFLOW.each.values()} == {0}
-    assert len(decoders.contenders(NETFLOW)) == 8
+    assert {way.work([(version9, ("192.0.2.2", 1))] * 5) for way in NETFLOW.each[:2]} == {0}
+    assert len(decoders.contenders(NETFLOW)) == 10
 
 
 def test_a_tiny_run_through_the_command_line(tmp_path: Path) -> None:
