@@ -79,7 +79,7 @@ $(VENV)/installed: pyproject.toml setup.py | packages
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install -q --group dev
-	$(BIN)/python -m pip install -q --no-build-isolation -e '.[all]'
+	$(BIN)/python -m pip install -q --no-build-isolation --config-settings editable_mode=compat -e '.[all]'
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from weakref import WeakSet
 
 from fastrecv._recv import Batch
 from fastrecv.backend import ReceiverBackend
 
 __all__ = ["batches"]
 
-_consumed: WeakSet[ReceiverBackend] = WeakSet()  # whose next batch is being waited for
+_consumed: set[int] = set()  # ids of the receivers whose next batch is being waited for
 
 
 def batches(receiver: ReceiverBackend) -> AsyncIterator[Batch]:
@@ -20,6 +19,8 @@ def batches(receiver: ReceiverBackend) -> AsyncIterator[Batch]:
     A wait that is cancelled loses no datagram. Errors are raised as by Receiver.recv, and the iteration may go on after
     them. One task at a time may wait for a batch; a second one gets a RuntimeError.
     """
+    if not isinstance(receiver, ReceiverBackend):
+        raise TypeError(f"batches() takes a Receiver or another ReceiverBackend, not {type(receiver).__name__}")
     return _Batches(receiver)
 
 
@@ -29,9 +30,9 @@ class _Batches(AsyncIterator[Batch]):
 
     async def __anext__(self) -> Batch:
         receiver = self._receiver
-        if receiver in _consumed:
+        if id(receiver) in _consumed:
             raise RuntimeError(f"another task is waiting for the next batch of {receiver!r}")
-        _consumed.add(receiver)
+        _consumed.add(id(receiver))
         try:
             await asyncio.sleep(0)  # a flood must not keep the loop from its other tasks
             while not receiver.closed:
@@ -42,7 +43,7 @@ class _Batches(AsyncIterator[Batch]):
             if not receiver.closed:  # else it was closed by a thread meanwhile
                 raise
         finally:
-            _consumed.discard(receiver)
+            _consumed.discard(id(receiver))
         raise StopAsyncIteration
 
 

@@ -14,14 +14,15 @@ from fastrecv._recv import Batch
 from fastrecv.replies import Buffer
 from fastrecv.sockets import Address
 
-__all__ = ["ReceiverBackend"]
+__all__ = ["Address", "Buffer", "ReceiverBackend"]
 
 
 @runtime_checkable
 class ReceiverBackend(Protocol):
     """Receives and answers datagrams in batches. Receiver is the one over recvmmsg(2), and says what each member does.
 
-    isinstance() looks for the members only, not for their types.
+    fastrecv.aio.batches takes any; Batch.of(payloads, sources) makes the batches of one that has no socket (a replay, a
+    test). isinstance() looks for the members only, not for their types.
     """
 
     @property

@@ -22,6 +22,9 @@ from fastrecv.sockets import Address
 __all__ = ["Features", "Options", "Receiver", "Statistics"]
 
 _MAX_ARENAS = 1 << 20
+_MAX_BUFFER = (1 << 30) - 1  # INT_MAX / 2: the kernel doubles it
+_OF_BIND = ("reuse_port", "dual_stack", "receive_buffer", "busy_poll", "prefer_busy_poll", "busy_poll_budget",
+            "incoming_cpu")  # fmt: skip
 
 
 class Features(TypedDict, total=False):
@@ -134,8 +137,9 @@ def _apply(sock: socket.socket, asked: set[str]) -> tuple[set[str], int]:
                 on.add(setting.option)
             room += socket.CMSG_SPACE(setting.space)
     on.discard("")
-    for option in sorted(asked - on):
-        raise ValueError(f"{option} cannot be had of a socket of family {socket.AddressFamily(sock.family).name}")
+    if missing := sorted(asked - on):
+        family = socket.AddressFamily(sock.family).name
+        raise ValueError(f"{', '.join(missing)} cannot be had of a socket of family {family}")
     return on, room
 
 
@@ -146,6 +150,16 @@ class Receiver:
     own for it, so closing one never closes the other. Receiver.bind(address) opens the socket, and closes it.
 
     Threads may call recv at once; each gets batches of its own. close() wakes them. Needs no privilege.
+
+    Options of both, as keyword arguments
+    -------------------------------------
+    batch_size : datagrams (with gro: trains of them) of one batch at most, 1 to 1024 (UIO_MAXIOV, recvmmsg(2)). 64.
+    slot_size : bytes kept of a datagram at most. 65535, which truncates no UDP datagram; memory is only touched where
+        datagrams lie. With gro it is never less.
+    arenas : for how many batches there is memory from the start. 4.
+    max_arenas : for how many there may ever be, those included; as many as `arenas` unless given.
+    timestamps, hardware_timestamps, destinations, destination_ports, tos, drops, gro : fastrecv.receiver.Features;
+        each is a bool, and off.
     """
 
     def __init__(
@@ -159,18 +173,12 @@ class Receiver:
         max_arenas: int | None = None,
         **features: Unpack[Features],
     ) -> None:
-        """Receive from `sock`.
-
-        batch_size : datagrams of one batch at most, 1 to 1024 (UIO_MAXIOV, recvmmsg(2)).
-        slot_size : bytes kept of a datagram at most. The default truncates no UDP datagram; memory is only touched
-            where datagrams lie. With GRO on it is never less.
-        arenas : how many batches there is memory for from the start. max_arenas : how many more may be made while
-            batches are held; None: as many as `arenas`.
-        """
+        """Receive from `sock`; options: Receiver."""
+        if not isinstance(sock, socket.socket):
+            raise TypeError(f"Receiver takes an open socket, not {sock!r}: Receiver.bind(address) opens one")
         if sock.type != socket.SOCK_DGRAM or sock.family not in _ALL:
             raise ValueError(f"a Receiver needs a UDP or AF_UNIX datagram socket, not {sock!r}")
-        if unknown := features.keys() - Features.__annotations__:
-            raise TypeError(f"no option {min(unknown)!r}: choose from {', '.join(Options.__annotations__)}")
+        _refuse_unknown(features)
         max_arenas = arenas if max_arenas is None else max_arenas
         _within("batch_size", batch_size, 1, MAX_BATCH)
         _within("slot_size", slot_size, 1, MAX_SLOT)
@@ -210,10 +218,18 @@ class Receiver:
         """A Receiver on a socket of its own, bound to (host, port) or to the path of an AF_UNIX socket.
 
         The arguments up to incoming_cpu are those of open_datagram, grow_receive_buffer, busy_poll and incoming_cpu in
-        fastrecv.sockets; the rest goes to Receiver.
+        fastrecv.sockets; options: Receiver. Hosts are numeric. Without CAP_NET_ADMIN the kernel cuts receive_buffer to
+        sysctl net.core.rmem_max: Receiver.receive_buffer says what it has become.
         """
         if busy_poll is None and (prefer_busy_poll or busy_poll_budget is not None):
             raise ValueError("prefer_busy_poll and busy_poll_budget need busy_poll: give its microseconds")
+        if receive_buffer is not None:
+            _within("receive_buffer", receive_buffer, 1, _MAX_BUFFER)
+        for name, value in (("busy_poll", busy_poll), ("busy_poll_budget", busy_poll_budget)):
+            if value is not None:
+                _within(name, value, 0, (1 << 16) - 1)
+        if incoming_cpu is not None:
+            _within("incoming_cpu", incoming_cpu, 0, (os.cpu_count() or 1) - 1)
         sock = sockets.open_datagram(address, reuse_port=reuse_port, dual_stack=dual_stack)
         try:
             if receive_buffer is not None:
@@ -318,7 +334,7 @@ class Receiver:
             self._reader.leave()
 
     def statistics(self) -> Statistics:
-        """Counters, also readable when closed."""
+        """Counters, also readable when closed: fastrecv.Statistics."""
         reader = self._reader
         return Statistics(reader.batches, reader.datagrams, reader.bytes, reader.truncated, reader.control_truncated,
                           self._replier.unanswered)  # fmt: skip
@@ -397,8 +413,19 @@ class Receiver:
 
 
 def _within(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value:,}: give {low:,} to {high:,}")
+    if not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}: give {low:,} to {high:,}")
+
+
+def _refuse_unknown(features: Features) -> None:
+    for name, value in features.items():
+        if name in _OF_BIND:
+            raise TypeError(f"{name} is for Receiver.bind, which opens the socket; fastrecv.sockets sets it on yours")
+        if name not in Features.__annotations__:
+            known = ", ".join([*Options.__annotations__, *_OF_BIND])
+            raise TypeError(f"no option {name!r}: choose from {known}")
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}: give True or False")
 
 
 def _destinations(

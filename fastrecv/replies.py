@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrecv._recv import Batch, send
+from fastrecv._recv import Batch, in_sequence, send
 from fastrecv.sockets import drop_everything
 
 __all__ = ["Buffer", "Replier"]
@@ -51,6 +51,10 @@ class Replier:
         self, fd: int, wake: int, batch: Batch, payloads: Batch | Sequence[Buffer | None], timeout: float | None
     ) -> int:
         """Receiver.reply, out of the Receiver's own descriptor `fd` where that can be. wake : as of _recv.send."""
+        if not isinstance(batch, Batch):
+            raise TypeError(f"reply answers a Batch, not {type(batch).__name__}")
+        if not isinstance(payloads, Batch):
+            payloads = in_sequence(payloads)
         if len(payloads) != len(batch):
             raise ValueError(f"{len(payloads)} payloads for {len(batch)} datagrams: give one each, None for no answer")
 

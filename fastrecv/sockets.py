@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import operator
 import os
+import re
 import socket
 import struct
 from collections.abc import Iterable
-from errno import EPERM
+from errno import EADDRINUSE, EADDRNOTAVAIL, EPERM
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
@@ -36,6 +38,9 @@ __all__ = [
 Address = tuple[Any, ...] | str | bytes | os.PathLike[str]
 """(host, port), (host, port, 0, scope), or the path of an AF_UNIX socket (bytes: an abstract name)."""
 
+_LONGEST = 107  # sizeof(sun_path) - 1, unix(7)
+_LIKE_IP = re.compile(r"[0-9]+(\.[0-9]+){3}(:[0-9]+)?|\[?[0-9a-fA-F]*:[0-9a-fA-F:.]*\]?(:[0-9]+)?|:[0-9]+")
+
 # include/uapi/asm-generic/socket.h
 _SO_ATTACH_FILTER = 26
 _SO_RCVBUFFORCE = 33
@@ -52,18 +57,14 @@ _ALL_GROUPS = {4: (socket.IPPROTO_IP, 49), 6: (socket.IPPROTO_IPV6, 29)}  # IP_M
 
 
 def open_datagram(address: Address, *, reuse_port: bool = False, dual_stack: bool = True) -> socket.socket:
-    """A datagram socket bound to `address`; numeric hosts only, "" is every IPv4 address.
+    """A datagram socket bound to `address`: (host, port) with a numeric host, "" every IPv4 address; or a path.
+
+    ValueError and TypeError say what is wrong with the address, OSError why the kernel refused it.
 
     reuse_port : share the port with other sockets of the same user that say so, too (SO_REUSEPORT, socket(7)).
     dual_stack : an IPv6 socket takes IPv4 as well, as ::ffff:a.b.c.d (IPV6_V6ONLY off, ipv6(7)).
     """
-    if isinstance(address, os.PathLike):
-        address = os.fspath(address)
-    if isinstance(address, (str, bytes)):
-        family = socket.AF_UNIX
-    else:
-        address = (address[0] or "0.0.0.0", *address[1:])  # noqa: S104 - as documented
-        family = socket.AF_INET6 if _host(address[0]).version == 6 else socket.AF_INET
+    address, family = _checked(address)
     sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
     try:
         if reuse_port and family != socket.AF_UNIX:
@@ -80,6 +81,30 @@ def open_datagram(address: Address, *, reuse_port: bool = False, dual_stack: boo
     return sock
 
 
+def _checked(address: Address) -> tuple[tuple[Any, ...] | str | bytes, socket.AddressFamily]:
+    """The address as bind takes it, and its family; ValueError or TypeError for what cannot be one."""
+    if isinstance(address, os.PathLike):
+        address = os.fspath(address)
+    if isinstance(address, (str, bytes)):
+        if not address:
+            raise ValueError("the address is empty: give (host, port), or the path of an AF_UNIX socket")
+        if isinstance(address, str) and _LIKE_IP.fullmatch(address):
+            raise ValueError(f"{address!r} would be the path of an AF_UNIX socket: for UDP give ({address!r}, port)")
+        if len(os.fsencode(address)) > _LONGEST:
+            raise ValueError(f"{address!r} is too long for the path of a socket: {_LONGEST} bytes at most")
+        return address, socket.AF_UNIX
+    if not isinstance(address, tuple) or len(address) not in (2, 3, 4) or not isinstance(address[0], str):
+        raise TypeError(f"the address is {address!r}: give (host, port), or the path of an AF_UNIX socket")
+    host = address[0] or "0.0.0.0"  # noqa: S104 - as documented
+    _port(address[1])
+    return (host, *address[1:]), socket.AF_INET6 if _host(host).version == 6 else socket.AF_INET
+
+
+def _port(port: object) -> None:
+    if not isinstance(port, (int, np.integer)) or not 0 <= port <= 65535:
+        raise ValueError(f"the port is {port!r}: give a number from 0 to 65535")
+
+
 def _shown(address: Address) -> str:
     if isinstance(address, tuple):
         return f"{address[0]} port {address[1]}"
@@ -90,13 +115,17 @@ def _host(host: str) -> IPv4Address | IPv6Address:
     try:
         return ip_address(host)
     except ValueError:
-        raise ValueError(f"{host!r} is no numeric IPv4 or IPv6 address") from None
+        raise ValueError(f"{host!r} is no numeric IPv4 or IPv6 address (names are not resolved)") from None
 
 
 def endpoints(addresses: Iterable[tuple[Any, ...]]) -> NDArray[np.void]:
     """Socket addresses as an array of ENDPOINT: (host, port) or (host, port, 0, scope), numeric hosts."""
     rows = []
-    for host, port, *rest in addresses:
+    for address in addresses:
+        if not isinstance(address, tuple) or len(address) not in (2, 4):
+            raise TypeError(f"{address!r} is no address: give a list of (host, port) or (host, port, 0, scope)")
+        host, port, *rest = address
+        _port(port)
         parsed = _host(host)
         packed = parsed.packed if isinstance(parsed, IPv6Address) else bytes(10) + b"\xff\xff" + parsed.packed
         family = socket.AF_INET6 if parsed.version == 6 else socket.AF_INET
@@ -180,7 +209,14 @@ def _membership(sock: socket.socket, joining: bool, group: str, interface: str |
     address = _host(group)
     if not address.is_multicast:
         raise ValueError(f"{group} is no multicast group")
-    index = socket.if_nametoindex(interface) if isinstance(interface, str) else interface or 0
+    if sock.family != (socket.AF_INET6 if address.version == 6 else socket.AF_INET) and not (
+        sock.family == socket.AF_INET6 and address.version == 4
+    ):
+        raise ValueError(f"a socket of family {socket.AddressFamily(sock.family).name} cannot join {group}")
+    try:
+        index = socket.if_nametoindex(interface) if isinstance(interface, str) else operator.index(interface or 0)
+    except OSError:
+        raise ValueError(f"no interface {interface!r} here: give its name or index") from None
     request = struct.pack("@I4x", index) + _storage(address)
     if source is not None:
         sender = _host(source)
@@ -191,10 +227,9 @@ def _membership(sock: socket.socket, joining: bool, group: str, interface: str |
     try:
         sock.setsockopt(level, _MCAST[joining, source is not None], request)
     except OSError as error:
-        verb = "join" if joining else "leave"
-        raise OSError(
-            error.errno, f"cannot {verb} {group} on {interface or 'any interface'}: {error.strerror}"
-        ) from error
+        tried = f"cannot {'join' if joining else 'leave'} {group} on {interface or 'any interface'}"
+        why = {EADDRINUSE: "it is joined already", EADDRNOTAVAIL: "it is not joined so"}.get(error.errno or 0)
+        raise OSError(error.errno, f"{tried}: {why or error.strerror}") from error
     return address.version
 
 

@@ -1,13 +1,24 @@
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from fastrecv.replies import Buffer
 from fastrecv.sockets import Address
 
-__all__ = ["CONTROL_TRUNCATED", "ENDPOINT", "MAX_BATCH", "MAX_SLOT", "TRUNCATED", "Batch", "Reader", "send"]
+__all__ = [
+    "CONTROL_TRUNCATED",
+    "ENDPOINT",
+    "MAX_BATCH",
+    "MAX_SLOT",
+    "TRUNCATED",
+    "Batch",
+    "Reader",
+    "in_sequence",
+    "send",
+]
 
 CONTROL_TRUNCATED: int
 TRUNCATED: int
@@ -21,6 +32,8 @@ class _ArrowExport:
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
 
 class Batch:
+    @staticmethod
+    def of(payloads: Iterable[Buffer], sources: NDArray[np.void] | None = None) -> Batch: ...
     def __len__(self) -> int: ...
     @property
     def data(self) -> NDArray[np.uint8]: ...
@@ -114,3 +127,4 @@ def send(
     timeout: float | None = 0,
     wake: int = -1,
 ) -> tuple[int, int, int]: ...
+def in_sequence(payloads: Sequence[Buffer | None]) -> tuple[Buffer | None, ...]: ...

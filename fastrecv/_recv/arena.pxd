@@ -59,6 +59,7 @@ cdef struct Arena:
     int used            # headers that the last recvmmsg(2) has written
 
 
+cdef Arena *arena_new(const Layout *layout, int64_t size) noexcept nogil
 cdef int64_t size_of(const Arena *arena) noexcept nogil
 cdef void pack(const Arena *arena, uint8_t *to, int64_t *bounds) noexcept nogil
 

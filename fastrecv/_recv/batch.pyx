@@ -10,11 +10,11 @@ from fastrecv._recv.arena import ENDPOINT
 cimport numpy as cnp
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.ref cimport PyObject, Py_INCREF
-from fastrecv._recv.arena cimport Arena, Endpoint, Lease, Path, copied, pack, size_of
+from fastrecv._recv.arena cimport Arena, Column, Endpoint, Layout, Lease, Path, arena_new, copied, lease, pack, size_of
 from fastrecv._recv.arrow cimport arrow_export
 from fastrecv._recv.linux cimport AF_INET, AF_INET6, inet_ntop
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcmp, memcpy, memset
 
 cnp.import_array()
 
@@ -101,14 +101,57 @@ cdef class Batch:
     """Datagrams received together: rows (offset, length) over one arena. Read-only.
 
     A batch, and every view of it (array, memoryview, Arrow buffer), keeps its arena from being overwritten, for as long
-    as any of them lives. A batch may be kept for ever; what a Receiver does when all of its arenas are held is
-    told there. `release` (or leaving a `with` block) gives up the batch's own hold.
+    as any of them lives. A batch may be kept for ever; when all arenas of a Receiver are held, its recv raises
+    BufferError. `release` (or leaving a `with` block) gives up the batch's own hold; what is asked of it after that
+    raises ValueError.
 
-    Columns are arrays of len(batch) rows, made anew on each access: keep what a loop uses in a variable.
+    Columns (offsets, lengths, flags, sources, destinations, timestamps, hardware_timestamps, tos) are one-dimensional
+    arrays of len(batch) items, made anew on each access: keep what a loop uses in a variable.
     """
 
     def __init__(self):
-        raise TypeError("batches come from a Receiver")
+        raise TypeError("batches come from a Receiver, or from Batch.of(payloads)")
+
+    @staticmethod
+    def of(payloads, sources=None):
+        """A batch of the given bytes-like objects, copied: for tests, replays, and backends of your own.
+
+        sources : ENDPOINT, one each (fastrecv.sockets.endpoints makes them of addresses); without, `sources` is None.
+        """
+        payloads = [bytes(payload) for payload in payloads]
+        cdef cnp.ndarray endpoints = None
+        cdef Layout layout
+        cdef Arena *arena
+        cdef Lease held
+        cdef int64_t end = 0
+        cdef int row = 0
+        if sources is not None:
+            endpoints = numpy.ascontiguousarray(sources)
+            if endpoints.dtype != _ENDPOINT or endpoints.ndim != 1 or len(endpoints) != len(payloads):
+                raise ValueError(f"sources are an array of {len(payloads)} ENDPOINT, one for each payload")
+        memset(&layout, 0, sizeof(layout))
+        layout.rows = len(payloads)
+        layout.columns = Column.SOURCES if sources is not None else Column.PATHS
+        arena = arena_new(&layout, sum(map(len, payloads)))
+        if arena == NULL:
+            raise MemoryError
+        held = lease(arena, None)
+        for payload in payloads:
+            arena.offsets[row] = end
+            arena.lengths[row] = <int32_t>len(payload)
+            arena.flags[row] = 0
+            memcpy(arena.data + end, <const char *>(<bytes>payload), <size_t>arena.lengths[row])
+            if sources is None:
+                arena.paths[row].length = 0
+            else:
+                arena.sources[row] = (<Endpoint *>cnp.PyArray_DATA(endpoints))[row]
+            end += arena.lengths[row]
+            row += 1
+        arena.rows = row
+        return new_batch(held, -1)
+
+    def __reduce__(self):
+        raise TypeError("a Batch cannot be pickled: send list(batch.datagrams()) or batch.packed()")
 
     cdef Arena *alive(self) except NULL:
         if self.lease is None:
@@ -211,17 +254,20 @@ cdef class Batch:
 
     @property
     def drops(self):
-        """How many datagrams the socket's full queue has cost when the last of this batch was queued.
+        """How many datagrams the socket's full queue had cost when the last of this batch was queued.
 
-        Counted from the Receiver's beginning. None: not asked for. SO_RXQ_OVFL: socket(7).
+        Counted from the Receiver's beginning; what is lost after that shows in a later batch, Receiver.drops tells it at
+        any time. None: not asked for. SO_RXQ_OVFL: socket(7).
         """
         self.alive()
         return None if self.drop_count < 0 else self.drop_count
 
     # From here on each method holds the lease itself: another thread may release the batch at any allocation.
 
-    def __getitem__(self, Py_ssize_t index):
+    def __getitem__(self, index):
         """Datagram `index` as a read-only memoryview."""
+        if isinstance(index, slice):
+            raise TypeError("a batch has no slices: index its columns, batch.lengths[2:5], or one datagram, batch[2]")
         return self.slice(self.held(), self.row(index))
 
     cdef object slice(self, Lease held, int row):
@@ -232,7 +278,11 @@ cdef class Batch:
         return view[start : start + held.arena.lengths[row]]
 
     def source(self, Py_ssize_t index):
-        """Who sent datagram `index`, as socket.recvfrom would say it: (host, port), (host, port, 0, scope), a path."""
+        """Who sent datagram `index`, as socket.recvfrom would say it.
+
+        (host, port), (host, port, 0, scope), a path as str, an abstract name as bytes; None for an unnamed AF_UNIX
+        socket, which cannot be answered.
+        """
         cdef Lease held = self.held()
         return sender(held.arena, self.row(index))
 
@@ -269,6 +319,8 @@ cdef class Batch:
         numpy.ma.MaskedArray that masks them (their data is 0). Where rows lie evenly the array is a view of the
         arena, else a copy. Read-only if it is a view.
         """
+        if dtype is None:
+            raise TypeError("records need a dtype")
         cdef cnp.dtype kind = numpy.dtype(dtype)
         cdef Lease held = self.held()
         cdef Arena *arena = held.arena
@@ -336,7 +388,9 @@ cdef class Batch:
         Columns: payload, length, source_address, source_port (not for AF_UNIX), and whichever of
         destination_address, destination_port, interface, timestamp, hardware_timestamp, tos there are. The payload is
         a binary view of the arena, not copied; with `packed`, or where the consumer asks for it, it is ordinary
-        binary, and all of it a copy. A batch itself is taken as batch.arrow() is.
+        binary, and all of it a copy: what is kept or shipped should be that, since the gaps between the datagrams of an
+        arena hold older ones. Addresses are fixed-size binary of 16 bytes, timestamps ns in UTC, null where the kernel
+        said nothing. A batch itself is taken as batch.arrow() is.
         """
         return arrow_export(self.held(), packed)
 

@@ -7,6 +7,7 @@ ppoll(2), and the receive itself does not block.
 import math
 import os
 import time
+from numbers import Real
 
 from cpython.exc cimport PyErr_CheckSignals
 from fastrecv._recv.arena cimport Arena, Column, Endpoint, Layout, Lease, Path, Pool, lease, new_pool, nothing
@@ -450,7 +451,7 @@ def deadline_of(timeout):
     """Until when, by time.monotonic(), a call with this timeout may wait."""
     if timeout is None:
         return math.inf
-    if not timeout >= 0:  # NaN too
+    if not isinstance(timeout, Real) or not timeout >= 0:  # NaN too
         raise ValueError(f"timeout is {timeout!r}: give seconds, 0 not to wait, None to wait for ever")
     return time.monotonic() + timeout if timeout else 0.0
 

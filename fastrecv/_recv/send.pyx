@@ -1,6 +1,7 @@
 """The one loop that sends: sendmmsg(2), source addresses, and UDP_SEGMENT for runs to one peer, without the GIL."""
 
 import time
+from collections.abc import Sequence
 
 import numpy
 
@@ -220,6 +221,13 @@ cdef cnp.ndarray whole(endpoints):
     return numpy.ascontiguousarray(endpoints)
 
 
+def in_sequence(payloads):
+    """The payloads as a tuple; refuses what is no sequence of them."""
+    if isinstance(payloads, Sequence) and not isinstance(payloads, (bytes, bytearray, memoryview, str)):
+        return tuple(payloads)
+    raise TypeError(f"payloads are a list of datagrams, [b'...'], or a Batch, not {type(payloads).__name__}")
+
+
 cdef Py_ssize_t rows_of(object given) except -1:
     return (<Lease>given).arena.rows if isinstance(given, Lease) else len(given)
 
@@ -246,10 +254,8 @@ cdef class Letters:
 
     def __init__(self, payloads, to, source, chosen):
         cdef bint batched = isinstance(payloads, Batch)
-        if isinstance(payloads, (bytes, bytearray, memoryview, str)):
-            raise TypeError("payloads are a sequence of datagrams: [b'...'], not one")
         if not batched:
-            payloads = tuple(payloads)  # nobody else can change its length
+            payloads = in_sequence(payloads)  # nobody else can change its length
         if isinstance(to, list):
             to = tuple(to)
         cdef Py_ssize_t n = len(payloads), i
@@ -284,7 +290,10 @@ cdef class Letters:
             elif payloads[i] is None:
                 continue
             else:
-                PyObject_GetBuffer(payloads[i], &self.buffers[self.held], PyBUF_SIMPLE)
+                try:
+                    PyObject_GetBuffer(payloads[i], &self.buffers[self.held], PyBUF_SIMPLE)
+                except TypeError:
+                    raise TypeError(f"payload {i} is a {type(payloads[i]).__name__}: give a bytes-like object") from None
                 row.data = <const uint8_t *>self.buffers[self.held].buf
                 row.size = self.buffers[self.held].len
                 self.held += 1

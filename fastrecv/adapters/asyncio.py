@@ -41,9 +41,11 @@ async def create_datagram_endpoint(
     sock: socket.socket | None = None,
     **options: Unpack[Options],
 ) -> tuple[Transport, P]:
-    """loop.create_datagram_endpoint of the running loop, over a Receiver, which `options` are for.
+    """loop.create_datagram_endpoint of the running loop, over a Receiver; options: see fastrecv.Receiver.
 
-    A protocol with a method datagrams_received(batch) is given whole batches instead, and may keep them.
+    A protocol with a method datagrams_received(batch) is given whole batches instead, and may keep them: while it
+    holds all arenas reading waits, and the loop's exception handler is told. What datagram_received raises goes there,
+    too, and the rest of the batch is delivered. transport.get_extra_info("receiver") is the Receiver.
     """
     loop = asyncio.get_running_loop()
     remote = None

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from fastrecv._recv import MAX_SLOT
-from fastrecv.receiver import Receiver
+from fastrecv.receiver import Options, Receiver
 
 __all__ = ["ThreadingUDPServer", "UDPServer", "UnixDatagramServer"]
 
@@ -19,8 +19,11 @@ class UDPServer(socketserver.UDPServer):
 
     max_packet_size counts when the first datagram is read. serve_forever handles all that has been read before it
     heeds shutdown().
+
+    receiver_options : options of the Receiver, set on the class or before the first datagram.
     """
 
+    receiver_options: Options = {}  # noqa: RUF012 - a class attribute to be replaced, as socketserver's own are
     _serving = False
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -30,7 +33,8 @@ class UDPServer(socketserver.UDPServer):
     @cached_property
     def receiver(self) -> Receiver:
         """What the server reads with: made late, since server_bind and its like may change or replace the socket."""
-        return Receiver(self.socket, slot_size=min(self.max_packet_size, MAX_SLOT))
+        options: Options = {"slot_size": min(self.max_packet_size, MAX_SLOT), **self.receiver_options}
+        return Receiver(self.socket, **options)
 
     def get_request(self) -> tuple[Any, Any]:
         if not self._read:

@@ -171,7 +171,7 @@ def test_a_receiver_needs_no_privilege_and_gets_the_buffer_it_may_have(namespace
     limit = int(Path("/proc/sys/net/core/rmem_max").read_text())
     with only():
         features = ("timestamps", "hardware_timestamps", "destinations", "destination_ports", "tos", "drops", "gro")
-        with Receiver.bind(("::", 0), receive_buffer=1 << 30, **dict.fromkeys(features, True)) as receiver:
+        with Receiver.bind(("::", 0), receive_buffer=(1 << 30) - 1, **dict.fromkeys(features, True)) as receiver:
             assert receiver.receive_buffer == 2 * limit
             with ask("127.0.0.1", receiver.address[1], b"?") as client:
                 assert receiver.reply(receiver.recv(5), [b"!"]) == 1

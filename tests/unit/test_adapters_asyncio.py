@@ -28,6 +28,11 @@ async def reference(*arguments: Any, **options: Any) -> tuple[Any, Any]:
 
 
 LOOPS = {"asyncio": asyncio.run, "uvloop": uvloop.run}
+# Python 3.11.2 has no pause_reading for its own datagram endpoints, 3.11.7 has.
+OWN_PAUSES = (
+    asyncio.selector_events._SelectorDatagramTransport.pause_reading  # type: ignore[attr-defined] # not in typeshed
+    is not asyncio.ReadTransport.pause_reading
+)
 
 
 @pytest.fixture(params=LOOPS)
@@ -494,6 +499,8 @@ def cancel_all(loop: asyncio.AbstractEventLoop) -> None:
 
 def test_pausing_holds_back_what_was_read_and_resuming_delivers_it(endpoint: tuple[Run, Create]) -> None:
     run, create = endpoint
+    if create is reference and not OWN_PAUSES:
+        pytest.skip("this Python's own datagram endpoints cannot pause")
 
     def act(protocol: Notes, data: bytes, _: Any) -> None:
         if data in (b"7", b"8", b"99"):
@@ -518,6 +525,8 @@ def test_pausing_holds_back_what_was_read_and_resuming_delivers_it(endpoint: tup
 
 def test_pausing_and_resuming_in_one_callback_changes_nothing(endpoint: tuple[Run, Create]) -> None:
     run, create = endpoint
+    if create is reference and not OWN_PAUSES:
+        pytest.skip("this Python's own datagram endpoints cannot pause")
 
     def act(protocol: Notes, _: bytes, __: Any) -> None:
         protocol.transport.pause_reading()

@@ -196,3 +196,8 @@ def test_a_receiver_is_a_backend(receiver: Receiver) -> None:
     something: object = receiver.socket
     assert isinstance(backend, ReceiverBackend)
     assert not isinstance(something, ReceiverBackend)
+
+
+def test_what_is_no_receiver_is_refused() -> None:
+    with pytest.raises(TypeError, match="takes a Receiver or another ReceiverBackend, not str"):
+        aio.batches("x")  # type: ignore[arg-type] # that is the test

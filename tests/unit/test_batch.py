@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import random
 import socket
 import struct
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fastrecv import Batch, Receiver
+from fastrecv.sockets import endpoints
 
 HEADER = np.dtype([("kind", ">u2"), ("count", ">u4")])  # 6 bytes
 
@@ -184,8 +186,35 @@ def test_a_released_batch_refuses_and_its_views_stay(pair: tuple[Receiver, socke
 
 
 def test_nobody_makes_a_batch_by_hand() -> None:
-    with pytest.raises(TypeError, match="batches come from a Receiver"):
+    with pytest.raises(TypeError, match=r"batches come from a Receiver, or from Batch\.of"):
         Batch()
+
+
+def test_a_batch_of_given_payloads_is_like_any_other() -> None:
+    sources = endpoints([("192.0.2.1", 1), ("2001:db8::1", 2), ("192.0.2.3", 3)])
+    batch = Batch.of([b"abc", bytearray(), memoryview(b"defg")], sources)
+    assert list(batch.datagrams()) == [
+        (b"abc", ("192.0.2.1", 1)),
+        (b"", ("2001:db8::1", 2, 0, 0)),
+        (b"defg", ("192.0.2.3", 3)),
+    ]
+    assert batch.offsets.tolist() == [0, 3, 3]
+    assert (batch.timestamps, batch.destinations, batch.tos, batch.drops) == (None, None, None, None)
+    assert Batch.of([b"x"]).sources is None
+    assert Batch.of([b"x"]).source(0) is None
+    assert len(Batch.of([])) == 0
+    with pytest.raises(ValueError, match="sources are an array of 1 ENDPOINT"):
+        Batch.of([b"x"], sources)
+
+
+def test_what_a_batch_is_not_for_is_said(pair: tuple[Receiver, socket.socket]) -> None:
+    batch = batch_of(pair, b"x")
+    with pytest.raises(TypeError, match="a batch has no slices"):
+        batch[0:1]  # type: ignore[index] # that is the test
+    with pytest.raises(TypeError, match="a Batch cannot be pickled: send list"):
+        pickle.dumps(batch)
+    with pytest.raises(TypeError, match="records need a dtype"):
+        batch.records(None)  # type: ignore[arg-type] # that is the test
 
 
 def content(number: int) -> bytes:

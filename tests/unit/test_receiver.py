@@ -610,13 +610,19 @@ def test_threads_that_share_a_receiver_get_each_datagram_once() -> None:
     ("options", "error", "words"),
     [
         ({"batch_size": 0}, ValueError, "batch_size is 0: give 1 to 1,024"),
-        ({"batch_size": 1025}, ValueError, "batch_size is 1,025: give 1 to 1,024"),
+        ({"batch_size": 1025}, ValueError, "batch_size is 1025: give 1 to 1,024"),
         ({"slot_size": 0}, ValueError, "slot_size is 0"),
         ({"arenas": 0}, ValueError, "arenas is 0"),
         ({"arenas": 4, "max_arenas": 3}, ValueError, "max_arenas is 3: give 4 to"),
         ({"batch_size": 1024, "slot_size": 1 << 20, "arenas": 1}, None, ""),
         ({"batch_size": 1024, "slot_size": (1 << 20) + 1}, ValueError, "slot_size"),
-        ({"timestamp": True}, TypeError, "no option 'timestamp': choose from timestamps, hardware_timestamps"),
+        ({"timestamp": True}, TypeError, "no option 'timestamp': choose from timestamps, .*, reuse_port, dual_stack"),
+        ({"timestamps": "no"}, TypeError, "timestamps is 'no': give True or False"),
+        ({"batch_size": "64"}, ValueError, "batch_size is '64': give 1 to 1,024"),
+        ({"receive_buffer": 0}, ValueError, "receive_buffer is 0: give 1 to"),
+        ({"receive_buffer": "64M"}, ValueError, "receive_buffer is '64M': give 1 to"),
+        ({"incoming_cpu": 99999}, ValueError, "incoming_cpu is 99999: give 0 to"),
+        ({"busy_poll": -1}, ValueError, "busy_poll is -1: give 0 to"),
     ],
 )
 def test_options_out_of_bounds_are_refused(options: dict[str, int], error: type[Exception] | None, words: str) -> None:
@@ -630,13 +636,17 @@ def test_options_out_of_bounds_are_refused(options: dict[str, int], error: type[
 
 
 def test_what_is_no_datagram_socket_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Receiver takes an open socket, .*: Receiver\.bind\(address\) opens one"):
+        Receiver(("127.0.0.1", 0))  # type: ignore[arg-type] # that is the test
+    with socket.socket(type=socket.SOCK_DGRAM) as sock, pytest.raises(TypeError, match=r"is for Receiver\.bind"):
+        Receiver(sock, receive_buffer=1)  # type: ignore[call-arg] # that is the test
     with socket.socket() as stream, pytest.raises(ValueError, match="needs a UDP or AF_UNIX datagram socket"):
         Receiver(stream)
 
 
 def test_a_feature_that_the_family_has_not_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="gro cannot be had of a socket of family AF_UNIX"):
-        Receiver.bind(str(tmp_path / "x"), gro=True)
+    with pytest.raises(ValueError, match="drops, gro cannot be had of a socket of family AF_UNIX"):
+        Receiver.bind(str(tmp_path / "x"), gro=True, drops=True)
     assert not (tmp_path / "x").exists()
 
 

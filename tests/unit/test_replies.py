@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,9 +156,10 @@ def test_a_send_that_waits_is_woken_by_close_and_reaches_nobody_else() -> None:
     ("payloads", "destinations", "error", "words"),
     [
         ([b"a", b"b"], [("127.0.0.1", 1)] * 3, ValueError, "2 payloads for 3 destinations"),
-        (["text"], ("127.0.0.1", 1), TypeError, "bytes-like"),
+        ([b"a", "text"], ("127.0.0.1", 1), TypeError, "payload 1 is a str: give a bytes-like object"),
+        ([b"a"], [("127.0.0.1", 70000)], ValueError, "the port is 70000: give a number from 0 to 65535"),
         ([b"a"], ("localhost", 1), ValueError, "'localhost' is no numeric IPv4 or IPv6 address"),
-        (b"abc", ("127.0.0.1", 1), TypeError, "payloads are a sequence of datagrams"),
+        (b"abc", ("127.0.0.1", 1), TypeError, "payloads are a list of datagrams"),
         ([b"a", b"b"], [("127.0.0.1", 1), ["127.0.0.1", 1]], TypeError, "is no socket address"),
         ([b"a", b"b"], ["path", ("127.0.0.1", 1)], TypeError, "'path' is no socket address"),
         ([b"a"], np.zeros(1, "u4"), TypeError, "one-dimensional array of ENDPOINT"),
@@ -180,6 +182,12 @@ def test_a_reply_to_each_or_to_none() -> None:
             client.connect(receiver.address)
             client.send(bytes([i]))
         batch = receiver.recv(5)
+        wrongs: list[Any] = [{}, None, b"x"]
+        for wrong in wrongs:
+            with pytest.raises(TypeError, match="payloads are a list of datagrams"):
+                receiver.reply(batch, wrong)
+        with pytest.raises(TypeError, match="reply answers a Batch, not list"):
+            receiver.reply([b"x"], [b"x"])  # type: ignore[arg-type] # that is the test
         with pytest.raises(ValueError, match="1 payloads for 3 datagrams: give one each, None for no answer"):
             receiver.reply(batch, [b"x"])
         assert receiver.reply(batch, [None] * 3) == 0

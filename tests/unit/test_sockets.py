@@ -57,6 +57,27 @@ def test_a_host_is_an_address(address: tuple[str, int]) -> None:
         sockets.open_datagram(address)
 
 
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        (9000, "the address is 9000: give"),
+        (None, "the address is None: give"),
+        (("127.0.0.1",), "the address is .*: give"),
+        (("127.0.0.1", "53"), "the port is '53': give a number"),
+        (("127.0.0.1", 70000), "the port is 70000: give a number"),
+        ("", "the address is empty"),
+        ("0.0.0.0", "would be the path of an AF_UNIX socket: for UDP give"),  # noqa: S104 - it is refused
+        ("127.0.0.1:9000", "would be the path of an AF_UNIX socket: for UDP give"),
+        ("::1", "would be the path of an AF_UNIX socket: for UDP give"),
+        ("[::1]:53", "would be the path of an AF_UNIX socket: for UDP give"),
+        ("x" * 108, "is too long for the path of a socket: 107 bytes at most"),
+    ],
+)
+def test_an_address_that_cannot_be_one_is_refused(address: object, words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        sockets.open_datagram(address)  # type: ignore[arg-type] # that is the test
+
+
 def test_addresses_become_endpoints() -> None:
     made = sockets.endpoints([("192.0.2.1", 53), ("2001:db8::1", 54), ("fe80::1", 55, 0, 7)])
     assert made.dtype == ENDPOINT
@@ -147,11 +168,23 @@ def test_a_group_from_one_source_only() -> None:
     [
         (("192.0.2.1",), "192.0.2.1 is no multicast group"),
         (("all",), "'all' is no numeric IPv4 or IPv6 address"),
+        (("ff02::1",), "a socket of family AF_INET cannot join ff02::1"),
     ],
 )
 def test_what_cannot_be_joined_is_refused(arguments: tuple[str], words: str) -> None:
     with Receiver.bind(("", 0)) as receiver, pytest.raises(ValueError, match=words):
         receiver.join(*arguments)
+
+
+def test_a_membership_names_an_interface_and_is_had_once() -> None:
+    with Receiver.bind(("", 0)) as receiver:
+        with pytest.raises(ValueError, match="no interface 'nope0' here"):
+            receiver.join(GROUP, interface="nope0")
+        receiver.join(GROUP, interface="lo")
+        with pytest.raises(OSError, match="it is joined already"):
+            receiver.join(GROUP, interface="lo")
+        with pytest.raises(OSError, match="it is not joined so"):
+            receiver.leave(OTHER, interface="lo")
 
 
 def test_a_source_of_another_ip_version_is_refused() -> None:
