@@ -13,13 +13,15 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
+from typing import Literal
 
 import numpy as np
 
 from fastrecv.bench.floods import FIRST_SOURCE_PORT, PORT, Flood
 from fastrecv.bench.prefixes import draw
 from fastrecv.bpf import Program, packaged
+from fastrecv.rules import Binding, compile_rules
 
 __all__ = ["PROGRAMS", "Method", "selects"]
 
@@ -59,10 +61,25 @@ def _assign_only(flood: Flood, sink: socket.socket, entries: int, seed: int) -> 
         yield assign.programs["assign"]
 
 
+@contextlib.contextmanager
+def _dispatcher(flood: Flood, sink: socket.socket, entries: int, seed: int) -> Iterator[Program]:
+    lengths, addresses = draw(flood.family, flood.destination, entries, seed)
+    protocol: Literal["tcp", "udp"] = "udp" if flood.protocol == socket.IPPROTO_UDP else "tcp"
+    bindings = [
+        Binding(protocol, ip_network((address.tobytes(), int(length))), (PORT, PORT), "sink")
+        for length, address in zip(lengths, addresses, strict=True)
+    ]
+    with packaged("lookup") as lookup:
+        compile_rules(bindings).load(lookup, 1)
+        lookup.maps["sockets"].update([0], [sink.fileno()])
+        yield lookup.programs["lookup"]
+
+
 PROGRAMS = {
     method.name: method
     for method in (
         Method("letter", "letter: LPM_TRIE of {entries:,}, assign", True, _letter),
+        Method("dispatcher", "dispatcher: {entries:,} bindings compiled, counted, assign", True, _dispatcher),
         Method("assign-only", "assign-only: one fixed socket", False, _assign_only),
     )
 }

@@ -1,0 +1,320 @@
+"""Rule sets of the dispatcher: bindings, their precedence, and their compilation into the tables of bpf/lookup.bpf.c.
+
+What a packet would have to search for is searched here, once: every port is told which addresses matter on it, every
+address the bindings that may apply to it, in order of precedence, those of shorter covering prefixes after its own.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrecv.bpf import Object
+
+__all__ = ["MAX_ALTERNATIVES", "MAX_EXPANDED", "Binding", "RuleSetError", "Tables", "compile_rules"]
+
+Network = IPv4Network | IPv6Network
+
+MAX_ALTERNATIVES = 32  # CONDITIONS of lookup.bpf.c
+MAX_EXPANDED = 4_000_000  # bindings, each counted once for every set of ports that is treated alike
+MAX_TABLES = 1024  # IPv4 tables of 256 KiB: sets of ports with more than a few prefixes
+_LIST = 8  # LIST of lookup.bpf.c
+_ANSWER, _LISTED, _TABLE = 1 << 30, 2 << 30, 3 << 30  # kinds of `ports`
+_BLOCK = 1 << 31
+_LAST, _DROP, _PASS = 1, 2, 4  # flags of a rule
+_PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
+
+
+class RuleSetError(ValueError):
+    """A rule set cannot be compiled; the message names the binding or the limit."""
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One binding: packets for `prefix` and `ports` go to `label`.
+
+    ports : first and last; (0, 65535) is any. label : None drops. source : a prefix of the sender's address.
+    interface : index of the interface they came in by, 0 any.
+    """
+
+    protocol: Literal["tcp", "udp", "any"]
+    prefix: Network
+    ports: tuple[int, int]
+    label: str | None
+    source: Network | None = None
+    interface: int = 0
+
+    def __post_init__(self) -> None:
+        first, last = self.ports
+        if not 0 <= first <= last <= 65535:
+            raise RuleSetError(f"ports {first}-{last}: give 0 to 65535, the first not above the last")
+        if self.source is not None and self.source.version != self.prefix.version:
+            raise RuleSetError(f"source {self.source} and prefix {self.prefix} are of different IP versions")
+
+    @property
+    def conditional(self) -> bool:
+        return bool(self.interface) or (self.source is not None and self.source.prefixlen > 0)
+
+    @property
+    def precedence(self) -> tuple[int, ...]:
+        """Smaller wins: longer prefix, then narrower ports, longer source, a named interface, a named protocol.
+
+        Ranges of ports that are equally wide and overlap: the lower one.
+        """
+        first, last = self.ports
+        source = self.source.prefixlen if self.source is not None else 0
+        return -self.prefix.prefixlen, last - first, -source, not self.interface, self.protocol == "any", first
+
+
+@dataclass
+class Tables:
+    """What lookup.bpf.c reads, ready to be put into its maps. Entry 0 of `rules` is never used.
+
+    ports : uint32, shape (4 * 65536,), by family (IPv4 first), protocol (TCP first) and port. first4 : uint32, shape
+    (n, 65536). blocks4 : uint32, shape (n, 256). lists : shape (n, 8, 3): address, mask, rule. trie6 : (table, prefix
+    length, address, rule). rules : RULE, one each. destinations : (label, family, protocol) by number.
+    """
+
+    ports: NDArray[np.uint32]
+    first4: NDArray[np.uint32]
+    blocks4: NDArray[np.uint32]
+    lists: NDArray[np.uint32]
+    trie6: list[tuple[int, int, bytes, int]]
+    rules: NDArray[np.void]
+    destinations: list[tuple[str | None, int, int]]
+    conditions: bool
+
+    def load(self, lookup: Object, members: int) -> None:
+        """Size the maps of an opened `lookup` object, load it, and fill them; its sockets are the caller's to put in.
+
+        members : sockets kept of a destination. CAP_BPF and CAP_NET_ADMIN.
+        """
+        arrays = {
+            "ports": self.ports.reshape(-1, 16), "first4": self.first4.reshape(-1, 16), "blocks4": self.blocks4,
+            "lists": self.lists, "rules": self.rules,
+        }  # fmt: skip
+        for name, rows in arrays.items():
+            lookup.maps[name].max_entries = max(len(rows), 1)
+        lookup.maps["trie6"].max_entries = max(len(self.trie6), 1)
+        lookup.maps["counts"].max_entries = max(len(self.destinations), 1)
+        lookup.maps["sockets"].max_entries = members * max(len(self.destinations), 1)
+        lookup.set(conditions=int(self.conditions))
+        lookup.load()
+        for name, rows in arrays.items():
+            if len(rows):
+                kind = lookup.maps[name].value_dtype
+                values = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1).view(kind)[:, 0]
+                lookup.maps[name].update(np.arange(len(rows), dtype=np.uint32), values)
+        if self.trie6:
+            keys = np.zeros(len(self.trie6), lookup.maps["trie6"].key_dtype)
+            tables, lengths, addresses, rules = zip(*self.trie6, strict=True)
+            keys["table"], keys["length"] = tables, 32 + np.array(lengths)
+            keys["address"] = np.frombuffer(b"".join(addresses), np.uint8).reshape(-1, 16)
+            lookup.maps["trie6"].update(keys, np.array(rules, np.uint32))
+
+
+RULE = np.dtype(
+    [("destination", "u4"), ("flags", "u4"), ("ifindex", "u4"), ("source", "u4", (4,)), ("mask", "u4", (4,))]
+)
+
+
+class _Compiler:
+    def __init__(self, on_miss: Literal["drop", "pass"]) -> None:
+        self.miss = _PASS if on_miss == "pass" else 0
+        self.rules: list[tuple[int, int, int, bytes, bytes]] = [(0, 0, 0, bytes(16), bytes(16))]
+        self.starts: dict[tuple[tuple[int, ...], int, int], int] = {}  # of lists of rules that exist already
+        self.destinations: dict[tuple[str | None, int, int], int] = {}
+        self.expanded = 0
+
+    def rules_for(self, bindings: Sequence[Binding], chain: tuple[int, ...], family: int, protocol: int) -> int:
+        """Where the rules of a chain of bindings begin; equal chains share theirs."""
+        key = chain, family, protocol
+        start = self.starts.get(key)
+        if start is None:
+            start = self.starts[key] = len(self.rules)
+            for place, number in enumerate(chain):
+                binding = bindings[number]
+                name = (binding.label, family, protocol)
+                destination = self.destinations.setdefault(name, len(self.destinations))
+                flags = self.miss | (_LAST if place == len(chain) - 1 else 0) | (_DROP if binding.label is None else 0)
+                source = mask = bytes(16)
+                if binding.source is not None:
+                    source = binding.source.network_address.packed.ljust(16, b"\0")
+                    mask = binding.source.netmask.packed.ljust(16, b"\0")
+                self.rules.append((destination, flags, binding.interface, source, mask))
+        return start
+
+
+def _port_sets(bindings: Sequence[Binding], chosen: list[int]) -> Iterable[tuple[int, int, tuple[int, ...]]]:
+    """(first, last, bindings) for every run of ports on which the same bindings are to be looked at."""
+    begins: dict[int, list[int]] = {}
+    ends: dict[int, list[int]] = {}
+    for number in chosen:
+        first, last = bindings[number].ports
+        begins.setdefault(first, []).append(number)
+        ends.setdefault(last + 1, []).append(number)
+    edges = sorted(begins.keys() | ends.keys())
+    active: set[int] = set()
+    for edge, following in zip(edges, [*edges[1:], 65536][: len(edges)], strict=True):
+        active.difference_update(ends.get(edge, ()))
+        active.update(begins.get(edge, ()))
+        if active and edge < 65536:
+            yield edge, following - 1, tuple(sorted(active))
+
+
+def _chains(bindings: Sequence[Binding], numbers: Iterable[int]) -> dict[tuple[int, int], tuple[int, ...]]:
+    """For every prefix (address, length) the bindings that may apply below it, in order of precedence.
+
+    A chain ends with the first binding that asks for no more than prefix and port: what would follow never applies.
+    """
+    own: dict[tuple[int, int], list[int]] = {}
+    for number in numbers:
+        prefix = bindings[number].prefix
+        own.setdefault((int(prefix.network_address), prefix.prefixlen), []).append(number)
+    chains: dict[tuple[int, int], tuple[int, ...]] = {}
+    above: list[tuple[int, int]] = []  # the prefixes that cover the one at hand, outermost first
+    bits = next(iter(own.values()))[0]
+    width = bindings[bits].prefix.max_prefixlen
+    for address, length in sorted(own):
+        while above and (address ^ above[-1][0]) >> (width - above[-1][1]):
+            above.pop()
+        chain: list[int] = []
+        inherited = chains[above[-1]] if above else ()
+        for number in (*sorted(own[address, length], key=lambda n: bindings[n].precedence), *inherited):
+            chain.append(number)
+            if not bindings[number].conditional:
+                break
+        if len(chain) > MAX_ALTERNATIVES:
+            raise RuleSetError(
+                f"{bindings[chain[0]].prefix}: {len(chain)} bindings by source or interface apply to one port, "
+                f"{MAX_ALTERNATIVES} can be told apart"
+            )
+        chains[address, length] = tuple(chain)
+        above.append((address, length))
+    return chains
+
+
+def compile_rules(bindings: Sequence[Binding], on_miss: Literal["drop", "pass"] = "drop") -> Tables:
+    """Compile a rule set. RuleSetError where it is ambiguous or past a limit.
+
+    on_miss : what becomes of a packet whose binding has no socket.
+    """
+    seen: dict[tuple[object, ...], Binding] = {}
+    for binding in bindings:
+        other = seen.setdefault(
+            (binding.prefix, binding.ports, binding.source, binding.interface, binding.protocol), binding
+        )
+        if other is not binding and other.label != binding.label:
+            raise RuleSetError(f"{binding.prefix} ports {binding.ports[0]}-{binding.ports[1]} is bound twice, to "
+                               f"{other.label} and to {binding.label}")  # fmt: skip
+    compiler = _Compiler(on_miss)
+    tables = _Layout()
+    for family, version in ((socket.AF_INET, 4), (socket.AF_INET6, 6)):
+        for second, (name, protocol) in enumerate(_PROTOCOLS.items()):
+            chosen = [number for number, binding in enumerate(bindings)
+                      if binding.prefix.version == version and binding.protocol in (name, "any")]  # fmt: skip
+            known: dict[tuple[int, ...], int] = {}
+            for first, last, numbers in _port_sets(bindings, chosen):
+                if numbers not in known:
+                    compiler.expanded += len(numbers)
+                    if compiler.expanded > MAX_EXPANDED:
+                        raise RuleSetError(
+                            f"more than {MAX_EXPANDED:,} bindings, those of port ranges counted anew for every set of "
+                            "ports that they fall into: bind fewer ranges, or fewer ports apart"
+                        )
+                    begins = {
+                        prefix: compiler.rules_for(bindings, chain, family, protocol)
+                        for prefix, chain in _chains(bindings, numbers).items()
+                    }
+                    known[numbers] = tables.add(version, begins)
+                start = ((version == 6) << 17) + (second << 16)
+                tables.ports[start + first : start + last + 1] = known[numbers]
+    return Tables(
+        ports=tables.ports,
+        first4=_stacked(tables.first4, 65536),
+        blocks4=_stacked(tables.blocks4, 256),
+        lists=_stacked(tables.lists, _LIST, 3),
+        trie6=tables.trie6,
+        rules=_rule_rows(compiler.rules),
+        destinations=list(compiler.destinations),
+        conditions=any(binding.conditional for binding in bindings),
+    )
+
+
+def _stacked(rows: list[NDArray[np.uint32]], *shape: int) -> NDArray[np.uint32]:
+    return np.stack(rows) if rows else np.zeros((0, *shape), np.uint32)
+
+
+def _rule_rows(rules: list[tuple[int, int, int, bytes, bytes]]) -> NDArray[np.void]:
+    rows = np.zeros(len(rules), RULE)
+    for name, column in zip(("destination", "flags", "ifindex"), list(zip(*rules, strict=True))[:3], strict=True):
+        rows[name] = column
+    rows["source"] = np.frombuffer(b"".join(rule[3] for rule in rules), np.uint32).reshape(-1, 4)
+    rows["mask"] = np.frombuffer(b"".join(rule[4] for rule in rules), np.uint32).reshape(-1, 4)
+    return rows
+
+
+class _Layout:
+    """The tables by address, as they grow: one entry of `ports` for every set of ports that is treated alike."""
+
+    def __init__(self) -> None:
+        self.ports = np.zeros(4 * 65536, np.uint32)
+        self.first4: list[NDArray[np.uint32]] = []
+        self.blocks4: list[NDArray[np.uint32]] = []
+        self.lists: list[NDArray[np.uint32]] = []
+        self.trie6: list[tuple[int, int, bytes, int]] = []
+        self.tables6 = 0
+
+    def add(self, version: int, begins: dict[tuple[int, int], int]) -> int:
+        """The entry of `ports` that leads to the rules; `begins` says where those of each (address, length) begin."""
+        if list(begins) == [(0, 0)]:
+            return _ANSWER | begins[0, 0]
+        if version == 6:
+            self.tables6 += 1
+            self.trie6 += [
+                (self.tables6, length, address.to_bytes(16), rule) for (address, length), rule in begins.items()
+            ]
+            return _TABLE | self.tables6
+        if len(begins) <= _LIST:
+            rows = np.zeros((_LIST, 3), np.uint32)
+            for row, ((address, length), rule) in zip(
+                rows, sorted(begins.items(), key=lambda item: -item[0][1]), strict=False
+            ):
+                mask = ((1 << length) - 1) << (32 - length)
+                row[:] = socket.htonl(address), socket.htonl(mask), rule
+            self.lists.append(rows)
+            return _LISTED | len(self.lists) - 1
+        if len(self.first4) == MAX_TABLES:
+            raise RuleSetError(f"more than {MAX_TABLES:,} sets of ports have more than {_LIST} IPv4 prefixes each")
+        self.first4.append(self._paint(begins))
+        return _TABLE | len(self.first4) - 1
+
+    def _paint(self, begins: dict[tuple[int, int], int]) -> NDArray[np.uint32]:
+        """A table of 16, 8 and 8 bits: shorter prefixes first, so that longer ones cover them."""
+        first = np.zeros(65536, np.uint32)
+        for (address, length), rule in sorted(begins.items(), key=lambda item: item[0][1]):
+            top = address >> 16
+            if length <= 16:
+                first[top : top + (1 << 16 - length)] = rule
+                continue
+            middle = self._block(first, top)
+            low = address >> 8 & 255
+            if length <= 24:
+                middle[low : low + (1 << 24 - length)] = rule
+                continue
+            last = self._block(middle, low)
+            last[address & 255 : (address & 255) + (1 << 32 - length)] = rule
+        return first
+
+    def _block(self, table: NDArray[np.uint32], place: int) -> NDArray[np.uint32]:
+        """The block below one entry, made of what stood there."""
+        if not table[place] & _BLOCK:
+            self.blocks4.append(np.full(256, table[place], np.uint32))
+            table[place] = _BLOCK | len(self.blocks4) - 1
+        return self.blocks4[int(table[place]) & ~_BLOCK]
