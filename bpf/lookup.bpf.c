@@ -6,8 +6,8 @@
  * this program with tables of its own, put in place by one link update: a packet sees one rule set or the other,
  * never a mixture. Sockets and counters are shared by all instances.
  *
- *   ports[family, protocol, port]   nothing | one answer | a list of a few prefixes | a table by address
- *   lists, first4 + blocks4, trie6  by destination address: where the rules begin that may apply
+ *   ports[family, protocol, port]   nothing | one answer | a tree or a table by address
+ *   nodes, first4 + blocks4         by destination address: where the rules begin that may apply
  *   rules                           in order of precedence, to the first whose source and interface match
  *   sockets[destination, member]    the first that is there
  */
@@ -18,13 +18,14 @@
 #define IPPROTO_TCP 6
 
 #define MEMBERS 4     /* sockets kept of a destination */
-#define LIST 8        /* prefixes of a list at most */
+#define FAN 8         /* intervals of a node */
+#define DEPTH 16     /* levels that both halves of an IPv6 address may take together */
 #define CONDITIONS 32 /* rules of one prefix and port at most */
 
 /* An entry of `ports`: kind in the top two bits, number below. */
 #define NOTHING 0
 #define ANSWER 1
-#define LISTED 2
+#define TREE 2
 #define TABLE 3
 #define NUMBER 0x3fffffff
 
@@ -44,19 +45,16 @@ struct block {
 	__u32 entry[256];
 };
 
-struct listed4 {
-	__u32 address, mask; /* network byte order */
-	__u32 rule;
-};
+/*
+ * A node of a tree over intervals of 64 bits: child[i] holds from key[i - 1] on, up to below key[i]. Bulk-loaded
+ * in user space, so all leaves are equally deep.
+ */
+#define LEAF 0x80000000 /* the child is the first of some rules, 0 none */
+#define LOW 0x40000000  /* the child is the root of a tree over the low half of an IPv6 address */
 
-struct list4 {
-	struct listed4 prefix[LIST]; /* the longest first; rule 0 ends it */
-};
-
-struct prefix6 {
-	__u32 length; /* bits, those of `table` included */
-	__u32 table;
-	__u8 address[16];
+struct node {
+	__u64 key[FAN - 1];
+	__u32 child[FAN];
 };
 
 struct rule {
@@ -95,16 +93,8 @@ struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct list4);
-} lists SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 1);
-	__type(key, struct prefix6);
-	__type(value, __u32);
-} trie6 SEC(".maps");
+	__type(value, struct node);
+} nodes SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -136,25 +126,17 @@ static __always_inline __u32 word_of(void *map, __u32 index)
 	return words ? words->word[index & 15] : 0;
 }
 
-/* The first rule for an IPv4 address (network byte order) of a table or list; 0 where none covers it. */
-static __always_inline __u32 find4(__u32 entry, __u32 address)
+static __always_inline __u64 half_of(__u32 first, __u32 second) /* network byte order */
 {
-	__u32 number = entry & NUMBER, found, block;
-	struct list4 *list;
-	struct block *next;
-	int i;
+	return (__u64)__builtin_bswap32(first) << 32 | __builtin_bswap32(second);
+}
 
-	if (entry >> 30 == LISTED) {
-		list = bpf_map_lookup_elem(&lists, &number);
-		if (!list)
-			return 0;
-		for (i = 0; i < LIST && list->prefix[i].rule; i++)
-			if ((address & list->prefix[i].mask) == list->prefix[i].address)
-				return list->prefix[i].rule;
-		return 0;
-	}
-	address = __builtin_bswap32(address);
-	found = word_of(&first4, (number << 16) + (address >> 16));
+/* The first rule for an IPv4 address of a table; 0 where no prefix covers it. */
+static __always_inline __u32 in_table(__u32 table, __u32 address)
+{
+	__u32 found = word_of(&first4, (table << 16) + (address >> 16)), block;
+	struct block *next;
+
 	if (!(found & BLOCK))
 		return found;
 	block = found & ~BLOCK;
@@ -169,6 +151,41 @@ static __always_inline __u32 find4(__u32 entry, __u32 address)
 	return next ? next->entry[address & 255] : 0;
 }
 
+/*
+ * number >= key without a branch, as 1 less the borrow of number - key: with a branch for every key the verifier
+ * walks more paths than it has time for.
+ */
+static __always_inline __u32 reaches(__u64 number, __u64 key)
+{
+	return 1 - (((~number & key) | (~(number ^ key) & (number - key))) >> 63);
+}
+
+/* The same in a tree: IPv4 addresses are the high half, IPv6 addresses take both. */
+static __always_inline __u32 in_tree(__u32 number, __u64 high, __u64 low)
+{
+	struct node *node;
+	__u32 child, slot;
+	int depth, i;
+
+	for (depth = 0; depth < DEPTH; depth++) {
+		node = bpf_map_lookup_elem(&nodes, &number);
+		if (!node)
+			return 0;
+		slot = 0;
+#pragma unroll
+		for (i = 0; i < FAN - 1; i++)
+			slot += reaches(high, node->key[i]);
+		asm volatile("" : "+r"(slot)); /* the compiler knows the bound, the verifier does not: keep the mask */
+		child = node->child[slot & (FAN - 1)];
+		if (child & LEAF)
+			return child & ~LEAF;
+		if (child & LOW)
+			high = low;
+		number = child & NUMBER;
+	}
+	return 0;
+}
+
 SEC("sk_lookup")
 int lookup(struct bpf_sk_lookup *ctx)
 {
@@ -181,7 +198,7 @@ int lookup(struct bpf_sk_lookup *ctx)
 	struct counters *count;
 	struct bpf_sock *sk;
 	struct rule *rule;
-	__u32 *first;
+	__u64 high;
 	int i;
 
 	asm volatile("" : "+r"(ip4), "+r"(ip6[0]), "+r"(ip6[1]), "+r"(ip6[2]), "+r"(ip6[3]));
@@ -192,14 +209,11 @@ int lookup(struct bpf_sk_lookup *ctx)
 		return SK_PASS; /* nothing is bound on this port: the ordinary lookup decides */
 	if (entry >> 30 == ANSWER) {
 		number = entry & NUMBER;
-	} else if (family == AF_INET) {
-		number = find4(entry, ip4);
+	} else if (entry >> 30 == TABLE) {
+		number = in_table(entry & NUMBER, __builtin_bswap32(ip4));
 	} else {
-		struct prefix6 key = { .length = 32 + 128, .table = entry & NUMBER };
-
-		__builtin_memcpy(key.address, ip6, sizeof(key.address));
-		first = bpf_map_lookup_elem(&trie6, &key);
-		number = first ? *first : 0;
+		high = family == AF_INET ? __builtin_bswap32(ip4) : half_of(ip6[0], ip6[1]);
+		number = in_tree(entry & NUMBER, high, half_of(ip6[2], ip6[3]));
 	}
 	if (!number)
 		return SK_PASS; /* the address is not bound on this port */

@@ -24,9 +24,11 @@ Network = IPv4Network | IPv6Network
 MAX_ALTERNATIVES = 32  # CONDITIONS of lookup.bpf.c
 MAX_EXPANDED = 4_000_000  # bindings, each counted once for every set of ports that is treated alike
 MAX_TABLES = 1024  # IPv4 tables of 256 KiB: sets of ports with more than a few prefixes
-_LIST = 8  # LIST of lookup.bpf.c
-_ANSWER, _LISTED, _TABLE = 1 << 30, 2 << 30, 3 << 30  # kinds of `ports`
+# lookup.bpf.c: kinds of `ports`, the flag of a block, the fan of a node and the flags of its children.
+_ANSWER, _TREE, _TABLE = 1 << 30, 2 << 30, 3 << 30
 _BLOCK = 1 << 31
+_FAN, _LEAF, _LOW = 8, 1 << 31, 1 << 30
+_FEW = 16  # IPv4 prefixes that a tree serves as well as a table of 256 KiB
 _LAST, _DROP, _PASS = 1, 2, 4  # flags of a rule
 _PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 
@@ -77,15 +79,14 @@ class Tables:
     """What lookup.bpf.c reads, ready to be put into its maps. Entry 0 of `rules` is never used.
 
     ports : uint32, shape (4 * 65536,), by family (IPv4 first), protocol (TCP first) and port. first4 : uint32, shape
-    (n, 65536). blocks4 : uint32, shape (n, 256). lists : shape (n, 8, 3): address, mask, rule. trie6 : (table, prefix
-    length, address, rule). rules : RULE, one each. destinations : (label, family, protocol) by number.
+    (n, 65536). blocks4 : uint32, shape (n, 256). nodes : NODE. rules : RULE, one each. destinations : (label,
+    family, protocol) by number.
     """
 
     ports: NDArray[np.uint32]
     first4: NDArray[np.uint32]
     blocks4: NDArray[np.uint32]
-    lists: NDArray[np.uint32]
-    trie6: list[tuple[int, int, bytes, int]]
+    nodes: NDArray[np.void]
     rules: NDArray[np.void]
     destinations: list[tuple[str | None, int, int]]
     conditions: bool
@@ -97,11 +98,10 @@ class Tables:
         """
         arrays = {
             "ports": self.ports.reshape(-1, 16), "first4": self.first4.reshape(-1, 16), "blocks4": self.blocks4,
-            "lists": self.lists, "rules": self.rules,
+            "nodes": self.nodes, "rules": self.rules,
         }  # fmt: skip
         for name, rows in arrays.items():
             lookup.maps[name].max_entries = max(len(rows), 1)
-        lookup.maps["trie6"].max_entries = max(len(self.trie6), 1)
         lookup.maps["counts"].max_entries = max(len(self.destinations), 1)
         lookup.maps["sockets"].max_entries = members * max(len(self.destinations), 1)
         lookup.set(conditions=int(self.conditions))
@@ -111,14 +111,9 @@ class Tables:
                 kind = lookup.maps[name].value_dtype
                 values = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1).view(kind)[:, 0]
                 lookup.maps[name].update(np.arange(len(rows), dtype=np.uint32), values)
-        if self.trie6:
-            keys = np.zeros(len(self.trie6), lookup.maps["trie6"].key_dtype)
-            tables, lengths, addresses, rules = zip(*self.trie6, strict=True)
-            keys["table"], keys["length"] = tables, 32 + np.array(lengths)
-            keys["address"] = np.frombuffer(b"".join(addresses), np.uint8).reshape(-1, 16)
-            lookup.maps["trie6"].update(keys, np.array(rules, np.uint32))
 
 
+NODE = np.dtype([("key", "u8", (_FAN - 1,)), ("child", "u4", (_FAN,))])
 RULE = np.dtype(
     [("destination", "u4"), ("flags", "u4"), ("ifindex", "u4"), ("source", "u4", (4,)), ("mask", "u4", (4,))]
 )
@@ -239,8 +234,7 @@ def compile_rules(bindings: Sequence[Binding], on_miss: Literal["drop", "pass"] 
         ports=tables.ports,
         first4=_stacked(tables.first4, 65536),
         blocks4=_stacked(tables.blocks4, 256),
-        lists=_stacked(tables.lists, _LIST, 3),
-        trie6=tables.trie6,
+        nodes=np.concatenate(tables.nodes) if tables.nodes else np.zeros(0, NODE),
         rules=_rule_rows(compiler.rules),
         destinations=list(compiler.destinations),
         conditions=any(binding.conditional for binding in bindings),
@@ -260,6 +254,23 @@ def _rule_rows(rules: list[tuple[int, int, int, bytes, bytes]]) -> NDArray[np.vo
     return rows
 
 
+def _intervals(values: dict[tuple[int, int], int], bits: int) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+    """Where the value of the longest covering prefix (address, length) changes, and to what; LEAF alone is none."""
+    changes: dict[int, int] = {0: _LEAF}
+    above: list[tuple[int, int]] = []  # (end, value) of the prefixes that cover the place at hand, outermost first
+    for (address, length), value in sorted(values.items()):
+        while above and above[-1][0] <= address:
+            end, _ = above.pop()
+            changes[end] = above[-1][1] if above else _LEAF
+        changes[address] = value
+        above.append((address + (1 << bits - length), value))
+    while above:
+        end, _ = above.pop()
+        changes[end] = above[-1][1] if above else _LEAF
+    changes.pop(1 << bits, None)
+    return np.fromiter(changes, np.uint64, len(changes)), np.fromiter(changes.values(), np.uint32, len(changes))
+
+
 class _Layout:
     """The tables by address, as they grow: one entry of `ports` for every set of ports that is treated alike."""
 
@@ -267,33 +278,52 @@ class _Layout:
         self.ports = np.zeros(4 * 65536, np.uint32)
         self.first4: list[NDArray[np.uint32]] = []
         self.blocks4: list[NDArray[np.uint32]] = []
-        self.lists: list[NDArray[np.uint32]] = []
-        self.trie6: list[tuple[int, int, bytes, int]] = []
-        self.tables6 = 0
+        self.nodes: list[NDArray[np.void]] = []
+        self.size = 0  # of all nodes
 
     def add(self, version: int, begins: dict[tuple[int, int], int]) -> int:
         """The entry of `ports` that leads to the rules; `begins` says where those of each (address, length) begin."""
         if list(begins) == [(0, 0)]:
             return _ANSWER | begins[0, 0]
         if version == 6:
-            self.tables6 += 1
-            self.trie6 += [
-                (self.tables6, length, address.to_bytes(16), rule) for (address, length), rule in begins.items()
-            ]
-            return _TABLE | self.tables6
-        if len(begins) <= _LIST:
-            rows = np.zeros((_LIST, 3), np.uint32)
-            for row, ((address, length), rule) in zip(
-                rows, sorted(begins.items(), key=lambda item: -item[0][1]), strict=False
-            ):
-                mask = ((1 << length) - 1) << (32 - length)
-                row[:] = socket.htonl(address), socket.htonl(mask), rule
-            self.lists.append(rows)
-            return _LISTED | len(self.lists) - 1
+            return _TREE | self._tree6(begins)
+        if len(begins) <= _FEW:
+            return _TREE | self._tree({key: _LEAF | rule for key, rule in begins.items()}, 32)
         if len(self.first4) == MAX_TABLES:
-            raise RuleSetError(f"more than {MAX_TABLES:,} sets of ports have more than {_LIST} IPv4 prefixes each")
+            raise RuleSetError(f"more than {MAX_TABLES:,} sets of ports have more than {_FEW} IPv4 prefixes each")
         self.first4.append(self._paint(begins))
         return _TABLE | len(self.first4) - 1
+
+    def _tree6(self, begins: dict[tuple[int, int], int]) -> int:
+        """A tree over the high halves; where prefixes are longer than that, it leads on to one over the low halves."""
+        high = {(address >> 64, length): _LEAF | rule for (address, length), rule in begins.items() if length <= 64}
+        longer: dict[int, dict[tuple[int, int], int]] = {}
+        for (address, length), rule in begins.items():
+            if length > 64:
+                longer.setdefault(address >> 64, {})[address & (1 << 64) - 1, length - 64] = _LEAF | rule
+        starts, values = _intervals(high, 64)
+        for place, low in longer.items():
+            covering = int(values[int(np.searchsorted(starts, np.uint64(place), "right")) - 1])
+            high[place, 64] = _LOW | self._tree({(0, 0): covering, **low}, 64)
+        return self._tree(high, 64)
+
+    def _tree(self, values: dict[tuple[int, int], int], bits: int) -> int:
+        """A tree of nodes over the intervals that prefixes (address, length) make; the number of its root."""
+        starts, children = _intervals(values, bits)
+        while True:
+            groups = -(-len(starts) // _FAN)
+            # A node that is not full repeats its last child, behind keys that only the largest number reaches.
+            filled = np.pad(children, (0, groups * _FAN - len(children)), "edge").reshape(groups, _FAN)
+            keys = np.pad(starts, (0, groups * _FAN - len(starts)), constant_values=~np.uint64(0)).reshape(groups, _FAN)
+            level = np.zeros(groups, NODE)
+            level["key"], level["child"] = keys[:, 1:], filled
+            first = self.size
+            self.nodes.append(level)
+            self.size += groups
+            if groups == 1:
+                return first
+            starts = keys[:, 0]
+            children = np.arange(first, first + groups, dtype=np.uint32)
 
     def _paint(self, begins: dict[tuple[int, int], int]) -> NDArray[np.uint32]:
         """A table of 16, 8 and 8 bits: shorter prefixes first, so that longer ones cover them."""
