@@ -19,7 +19,7 @@
 
 #define MEMBERS 4     /* sockets kept of a destination */
 #define FAN 8         /* intervals of a node */
-#define DEPTH 16     /* levels that both halves of an IPv6 address may take together */
+#define DEPTH 16      /* levels that both halves of an IPv6 address may take together */
 #define CONDITIONS 32 /* rules of one prefix and port at most */
 
 /* An entry of `ports`: kind in the top two bits, number below. */

@@ -25,7 +25,7 @@ def keep_the_signal_handler() -> Iterator[None]:
     ("arguments", "message"),
     [
         (["--flood", "icmp"], "'icmp' is not one of"),
-        (["--program", "letter,nonsense"], "no program 'nonsense': choose from letter, assign-only"),
+        (["--program", "letter,nonsense"], "no program 'nonsense': choose from letter, dispatcher, assign-only"),
         (["--program", "letter,letter"], "a program is named twice"),
         (["--entries", "0"], "0 is not in the range 1<=x<=1000000"),
         (["--sources", "70000"], "70000 is not in the range 1<=x<=64512"),
@@ -39,7 +39,7 @@ def keep_the_signal_handler() -> Iterator[None]:
         (["--json", "same.out", "--report", "same.out"], "the same file is named twice"),
         (["scale", "--entries", "10"], "give two or more sizes"),
         (["scale", "--entries", "10,many"], "no list of numbers like 1,10,200"),
-        (["scale", "--program", "assign-only"], "'assign-only' is not 'letter'"),
+        (["scale", "--program", "assign-only"], "'assign-only' is not one of 'letter', 'dispatcher'"),
         (["compare", "/nonexistent.json", "/nonexistent.json"], "does not exist"),
         (["nonsense"], "No such command 'nonsense'"),
     ],
