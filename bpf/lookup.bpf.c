@@ -2,9 +2,8 @@
 /*
  * The dispatcher: which service gets a packet, by protocol, destination prefix, port, source prefix and interface.
  *
- * A rule set is compiled in user space into arrays that the JIT inlines, and a new rule set is a new instance of
- * this program with tables of its own, put in place by one link update: a packet sees one rule set or the other,
- * never a mixture. Sockets and counters are shared by all instances.
+ * A rule set is compiled in user space into arrays that the JIT inlines. An instance of this program has one rule
+ * set for life, its tables sized to it.
  *
  *   ports[family, protocol, port]   nothing | one answer | a tree or a table by address
  *   nodes, first4 + blocks4         by destination address: where the rules begin that may apply
@@ -14,109 +13,7 @@
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 
-#define AF_INET 2 /* include/linux/socket.h */
-#define IPPROTO_TCP 6
-
-#define MEMBERS 4     /* sockets kept of a destination */
-#define FAN 8         /* intervals of a node */
-#define DEPTH 16      /* levels that both halves of an IPv6 address may take together */
-#define CONDITIONS 32 /* rules of one prefix and port at most */
-
-/* An entry of `ports`: kind in the top two bits, number below. */
-#define NOTHING 0
-#define ANSWER 1
-#define TREE 2
-#define TABLE 3
-#define NUMBER 0x3fffffff
-
-/* An entry of first4 and blocks4: 0, the first of some rules, or with this bit the next block. */
-#define BLOCK 0x80000000
-
-/* A rule. */
-#define LAST 1    /* none follows */
-#define DROP 2    /* the verdict is a drop */
-#define ON_PASS 4 /* a missing socket leaves the packet to the ordinary lookup */
-
-struct words { /* arrays have a stride of 8 bytes: 16 words an element keep them dense */
-	__u32 word[16];
-};
-
-struct block {
-	__u32 entry[256];
-};
-
-/*
- * A node of a tree over intervals of 64 bits: child[i] holds from key[i - 1] on, up to below key[i]. Bulk-loaded
- * in user space, so all leaves are equally deep.
- */
-#define LEAF 0x80000000 /* the child is the first of some rules, 0 none */
-#define LOW 0x40000000  /* the child is the root of a tree over the low half of an IPv6 address */
-
-struct node {
-	__u64 key[FAN - 1];
-	__u32 child[FAN];
-};
-
-struct rule {
-	__u32 destination;
-	__u32 flags;
-	__u32 ifindex;   /* 0: any */
-	__u32 source[4]; /* network byte order; IPv4 in the first word */
-	__u32 mask[4];
-};
-
-struct counters {
-	__u64 lookups; /* packets that a rule of this destination took */
-	__u64 misses;  /* of them, without a socket to give them to */
-	__u64 refused; /* of them, whose socket the kernel refused: connected, or of another family */
-};
-
-/* Set before load. */
-const volatile __u32 conditions; /* whether any rule has a source or an interface */
-
-/* Sizes are set before load. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct words);
-} ports SEC(".maps"), first4 SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct block);
-} blocks4 SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct node);
-} nodes SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct rule);
-} rules SEC(".maps");
-
-/* Of all instances. */
-struct {
-	__uint(type, BPF_MAP_TYPE_SOCKMAP);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, __u64);
-} sockets SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct counters);
-} counts SEC(".maps");
+#include "lookup.h"
 
 static __always_inline __u32 word_of(void *map, __u32 index)
 {

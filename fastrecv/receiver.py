@@ -8,56 +8,21 @@ import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypedDict, Unpack
+from typing import Any, NamedTuple, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrecv import sockets
 from fastrecv._recv import MAX_BATCH, MAX_SLOT, Batch, Reader, send
-from fastrecv.errors import NotSupported
+from fastrecv.options import FAMILIES, Features, Options, apply, columns_of, refuse_unknown, reports_errors
 from fastrecv.replies import Buffer, Replier
 from fastrecv.sockets import Address
 
-__all__ = ["Features", "Options", "Receiver", "Statistics"]
+__all__ = ["Receiver", "Statistics"]
 
 _MAX_ARENAS = 1 << 20
 _MAX_BUFFER = (1 << 30) - 1  # INT_MAX / 2: the kernel doubles it
-_OF_BIND = ("reuse_port", "dual_stack", "receive_buffer", "busy_poll", "prefer_busy_poll", "busy_poll_budget",
-            "incoming_cpu")  # fmt: skip
-
-
-class Features(TypedDict, total=False):
-    """What the kernel may tell with each datagram; off unless asked for.
-
-    timestamps : when the kernel took it (SO_TIMESTAMPNS; Linux 5.1).
-    hardware_timestamps : when the network card did, where the device was told to (SO_TIMESTAMPING; Linux 5.1).
-    destinations : the address it was sent to, and the interface it came in by (IP_PKTINFO).
-    destination_ports : the port, too (IP_RECVORIGDSTADDR), for services behind any-port steering.
-    tos : type of service or traffic class, and with it ECN.
-    drops : how many datagrams the socket's full queue has cost (SO_RXQ_OVFL).
-    gro : let the kernel coalesce datagrams of one flow and size, which are split again here (UDP_GRO; Linux 5.0).
-
-    Each costs a control message a datagram, `gro` one a train. What the socket has switched on already is read back,
-    and comes whether asked for or not.
-    """
-
-    timestamps: bool
-    hardware_timestamps: bool
-    destinations: bool
-    destination_ports: bool
-    tos: bool
-    drops: bool
-    gro: bool
-
-
-class Options(Features, total=False):
-    """All that a Receiver may be asked for: see Receiver and Features."""
-
-    batch_size: int
-    slot_size: int
-    arenas: int
-    max_arenas: int
 
 
 class Statistics(NamedTuple):
@@ -69,78 +34,6 @@ class Statistics(NamedTuple):
     truncated: int
     control_truncated: int
     unanswered: int
-
-
-class _Setting(NamedTuple):
-    """One socket option behind an option of ours. value 0: only looked at, never set."""
-
-    option: str
-    level: int
-    name: int
-    value: int
-    space: int  # bytes of its control message
-    families: tuple[int, ...]
-    requires: str = "Linux 2.6"
-
-
-_UNIX, _IP4, _IP6 = (socket.AF_UNIX,), (socket.AF_INET,), (socket.AF_INET6,)
-_IP = _IP4 + _IP6
-_ALL = _IP + _UNIX
-# SOF_TIMESTAMPING_*, include/uapi/linux/net_tstamp.h
-_RX_HARDWARE = 1 << 2 | 1 << 6  # RX_HARDWARE | RAW_HARDWARE
-_TX = 1 << 0 | 1 << 1 | 1 << 8 | 1 << 9  # TX_HARDWARE | TX_SOFTWARE | TX_SCHED | TX_ACK
-
-# Numbers from include/uapi: asm-generic/socket.h, linux/in.h, linux/in6.h, linux/udp.h.
-_SETTINGS = (
-    _Setting("timestamps", socket.SOL_SOCKET, 64, 1, 16, _ALL, "Linux 5.1"),  # SO_TIMESTAMPNS_NEW
-    _Setting("timestamps", socket.SOL_SOCKET, 35, 0, 16, _ALL),  # SO_TIMESTAMPNS_OLD
-    _Setting("hardware_timestamps", socket.SOL_SOCKET, 65, _RX_HARDWARE, 48, _IP, "Linux 5.1"),  # SO_TIMESTAMPING_NEW
-    _Setting("hardware_timestamps", socket.SOL_SOCKET, 37, 0, 48, _IP),  # SO_TIMESTAMPING_OLD
-    _Setting("drops", socket.SOL_SOCKET, 40, 1, 4, _IP),  # SO_RXQ_OVFL
-    _Setting("destinations", socket.IPPROTO_IP, 8, 1, 12, _IP),  # IP_PKTINFO; on IPv6 it names what answers a group
-    _Setting("destinations", socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1, 20, _IP6),
-    _Setting("destination_ports", socket.IPPROTO_IP, 20, 1, 16, _IP),  # IP_RECVORIGDSTADDR
-    _Setting("destination_ports", socket.IPPROTO_IPV6, 74, 1, 28, _IP6, "Linux 2.6.37"),  # IPV6_RECVORIGDSTADDR
-    _Setting("tos", socket.IPPROTO_IP, socket.IP_RECVTOS, 1, 1, _IP),
-    _Setting("tos", socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS, 1, 4, _IP6),
-    _Setting("gro", socket.IPPROTO_UDP, 104, 1, 4, _IP, "Linux 5.0"),  # UDP_GRO
-    # Not ours, but where they are on their messages need room beside ours.
-    _Setting("", socket.SOL_SOCKET, 29, 0, 16, _ALL),  # SO_TIMESTAMP_OLD
-    _Setting("", socket.SOL_SOCKET, 63, 0, 16, _ALL),  # SO_TIMESTAMP_NEW
-    _Setting("", socket.SOL_SOCKET, 75, 0, 4, _ALL),  # SO_RCVMARK
-    _Setting("", socket.SOL_SOCKET, 82, 0, 4, _ALL),  # SO_RCVPRIORITY
-    _Setting("", socket.SOL_SOCKET, socket.SO_PASSCRED, 0, 12, _UNIX),
-    _Setting("", socket.IPPROTO_IP, 12, 0, 4, _IP),  # IP_RECVTTL
-    _Setting("", socket.IPPROTO_IPV6, socket.IPV6_RECVHOPLIMIT, 0, 4, _IP6),
-)
-_COLUMNS = {"timestamps": 2, "hardware_timestamps": 4, "destinations": 8, "destination_ports": 8, "tos": 16}  # Column
-
-
-def _apply(sock: socket.socket, asked: set[str]) -> tuple[set[str], int]:
-    """Set what is asked for and read back what is on: the options, and the bytes of control messages."""
-    on, room = set(), 0
-    for setting in _SETTINGS:
-        wanted = setting.option in asked and setting.value
-        if sock.family not in setting.families:
-            continue
-        try:
-            value = sock.getsockopt(setting.level, setting.name)
-            if wanted:
-                sock.setsockopt(setting.level, setting.name, value | setting.value)
-                value = sock.getsockopt(setting.level, setting.name)
-        except OSError as error:
-            if wanted:
-                raise NotSupported(setting.option, setting.requires, error.errno or 0, error.strerror or "") from error
-            continue
-        if value:
-            if setting.option != "hardware_timestamps" or value & _RX_HARDWARE:
-                on.add(setting.option)
-            room += socket.CMSG_SPACE(setting.space)
-    on.discard("")
-    if missing := sorted(asked - on):
-        family = socket.AddressFamily(sock.family).name
-        raise ValueError(f"{', '.join(missing)} cannot be had of a socket of family {family}")
-    return on, room
 
 
 class Receiver:
@@ -158,7 +51,7 @@ class Receiver:
         datagrams lie. With gro it is never less.
     arenas : for how many batches there is memory from the start. 4.
     max_arenas : for how many there may ever be, those included; as many as `arenas` unless given.
-    timestamps, hardware_timestamps, destinations, destination_ports, tos, drops, gro : fastrecv.receiver.Features;
+    timestamps, hardware_timestamps, destinations, destination_ports, tos, drops, gro : fastrecv.options.Features;
         each is a bool, and off.
     """
 
@@ -176,18 +69,15 @@ class Receiver:
         """Receive from `sock`; options: Receiver."""
         if not isinstance(sock, socket.socket):
             raise TypeError(f"Receiver takes an open socket, not {sock!r}: Receiver.bind(address) opens one")
-        if sock.type != socket.SOCK_DGRAM or sock.family not in _ALL:
+        if sock.type != socket.SOCK_DGRAM or sock.family not in FAMILIES:
             raise ValueError(f"a Receiver needs a UDP or AF_UNIX datagram socket, not {sock!r}")
-        _refuse_unknown(features)
+        refuse_unknown(features)
         max_arenas = arenas if max_arenas is None else max_arenas
         _within("batch_size", batch_size, 1, MAX_BATCH)
         _within("slot_size", slot_size, 1, MAX_SLOT)
         _within("arenas", arenas, 1, _MAX_ARENAS)
         _within("max_arenas", max_arenas, arenas, _MAX_ARENAS)
-        on, room = _apply(sock, {feature for feature, value in features.items() if value})
-        columns = 0
-        for feature in on:
-            columns |= _COLUMNS.get(feature, 0)
+        on, room = apply(sock, {feature for feature, value in features.items() if value})
         self.features = frozenset(on)
         self._path: tuple[int, int, int] | None = None  # process, device and inode of a path that is ours to remove
         self.socket = sock.dup()
@@ -195,7 +85,7 @@ class Receiver:
             self._replier = Replier(self.socket, bool(on & {"destinations", "destination_ports"}))
             lost = sockets.drops(self.socket) if "drops" in on else -1
             self._reader = Reader(self.socket.fileno(), sock.family, batch_size, slot_size, arenas, max_arenas,
-                                  room, columns, "gro" in on, _reports_errors(sock), lost)  # fmt: skip
+                                  room, columns_of(on), "gro" in on, reports_errors(sock), lost)  # fmt: skip
         except BaseException:
             self.socket.close()
             raise
@@ -417,17 +307,6 @@ def _within(name: str, value: int, low: int, high: int) -> None:
         raise ValueError(f"{name} is {value!r}: give {low:,} to {high:,}")
 
 
-def _refuse_unknown(features: Features) -> None:
-    for name, value in features.items():
-        if name in _OF_BIND:
-            raise TypeError(f"{name} is for Receiver.bind, which opens the socket; fastrecv.sockets sets it on yours")
-        if name not in Features.__annotations__:
-            known = ", ".join([*Options.__annotations__, *_OF_BIND])
-            raise TypeError(f"no option {name!r}: choose from {known}")
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}: give True or False")
-
-
 def _destinations(
     given: NDArray[np.void] | np.void | Address | Sequence[Address] | None,
 ) -> NDArray[np.void] | list[bytes] | None:
@@ -446,12 +325,3 @@ def _destinations(
         if not isinstance(address, tuple):
             raise TypeError(f"{address!r} is no socket address: give (host, port) tuples, or paths, for all")
     return sockets.endpoints(addresses)
-
-
-def _reports_errors(sock: socket.socket) -> bool:
-    """Whether IP_RECVERR is on, and the error queue is there for nothing else (transmit timestamps, zero copy)."""
-    level, name = (socket.IPPROTO_IPV6, 25) if sock.family == socket.AF_INET6 else (socket.IPPROTO_IP, 11)
-    if sock.family == socket.AF_UNIX or not sock.getsockopt(level, name):
-        return False
-    sending = sock.getsockopt(socket.SOL_SOCKET, 37) & _TX  # SO_TIMESTAMPING
-    return not sending and not sock.getsockopt(socket.SOL_SOCKET, 60)  # SO_ZEROCOPY

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from fastrecv.bpf import Object
 
-__all__ = ["MAX_ALTERNATIVES", "MAX_EXPANDED", "Binding", "RuleSetError", "Tables", "compile_rules"]
+__all__ = ["MAX_ALTERNATIVES", "MAX_EXPANDED", "MEMBERS", "Binding", "RuleSetError", "Tables", "compile_rules"]
 
 Network = IPv4Network | IPv6Network
 
+MEMBERS = 4  # MEMBERS of lookup.bpf.c: sockets kept of a destination
 MAX_ALTERNATIVES = 32  # CONDITIONS of lookup.bpf.c
 MAX_EXPANDED = 4_000_000  # bindings, each counted once for every set of ports that is treated alike
 MAX_TABLES = 1024  # IPv4 tables of 256 KiB: sets of ports with more than a few prefixes
@@ -91,10 +92,10 @@ class Tables:
     destinations: list[tuple[str | None, int, int]]
     conditions: bool
 
-    def load(self, lookup: Object, members: int) -> None:
+    def load(self, lookup: Object) -> None:
         """Size the maps of an opened `lookup` object, load it, and fill them; its sockets are the caller's to put in.
 
-        members : sockets kept of a destination. CAP_BPF and CAP_NET_ADMIN.
+        Destination n has the MEMBERS places from n * MEMBERS on in the map `sockets`. CAP_BPF and CAP_NET_ADMIN.
         """
         arrays = {
             "ports": self.ports.reshape(-1, 16), "first4": self.first4.reshape(-1, 16), "blocks4": self.blocks4,
@@ -103,7 +104,7 @@ class Tables:
         for name, rows in arrays.items():
             lookup.maps[name].max_entries = max(len(rows), 1)
         lookup.maps["counts"].max_entries = max(len(self.destinations), 1)
-        lookup.maps["sockets"].max_entries = members * max(len(self.destinations), 1)
+        lookup.maps["sockets"].max_entries = MEMBERS * max(len(self.destinations), 1)
         lookup.set(conditions=int(self.conditions))
         lookup.load()
         for name, rows in arrays.items():

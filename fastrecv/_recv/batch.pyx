@@ -1,7 +1,6 @@
 """Batch: the datagrams of one receive, as numpy views over the arena that they lie in."""
 
 import os
-import socket
 
 import numpy
 

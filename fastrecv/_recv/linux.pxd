@@ -97,22 +97,19 @@ cdef extern from *:
     ssize_t recvmsg(int fd, msghdr *message, int flags) nogil
     int sendmmsg(int fd, mmsghdr *messages, unsigned int count, int flags) nogil
     int ppoll(pollfd *fds, unsigned long count, const timespec *timeout, const void *signals) nogil
-    int clock_gettime(int clock, timespec *now) nogil
     int eventfd(unsigned int value, int flags) nogil
     int nanosleep(const timespec *time, timespec *left) nogil
     int close(int fd) nogil
     int getpid() nogil
     int getsockopt(int fd, int level, int name, void *value, socklen_t *size) nogil
-    int setsockopt(int fd, int level, int name, const void *value, socklen_t size) nogil
     void *mmap(void *where, size_t size, int protection, int flags, int fd, long offset) nogil
     int mprotect(void *where, size_t size, int protection) nogil
     int munmap(void *where, size_t size) nogil
     uint16_t ntohs(uint16_t value) nogil
     uint16_t htons(uint16_t value) nogil
     const char *inet_ntop(int family, const void *address, char *text, socklen_t room) nogil
-    int inet_pton(int family, const char *text, void *address) nogil
 
-    int AF_UNIX, AF_INET, AF_INET6, AF_UNSPEC
+    int AF_UNIX, AF_INET, AF_INET6
     int SOL_SOCKET, IPPROTO_IP, IPPROTO_IPV6, IPPROTO_UDP
     int MSG_DONTWAIT, MSG_TRUNC, MSG_CTRUNC, MSG_CMSG_CLOEXEC, MSG_ERRQUEUE, MSG_NOSIGNAL
     int IP_PKTINFO, IP_TOS, IP_RECVORIGDSTADDR
@@ -121,7 +118,7 @@ cdef extern from *:
     int IP_RECVERR, IPV6_RECVERR
     int SO_DOMAIN, SO_RXQ_OVFL, UDP_GRO, UDP_SEGMENT
     int SO_TIMESTAMPNS_OLD, SO_TIMESTAMPNS_NEW, SO_TIMESTAMPING_OLD, SO_TIMESTAMPING_NEW
-    int POLLIN, POLLOUT, POLLERR, POLLRDHUP, CLOCK_MONOTONIC
+    int POLLIN, POLLOUT, POLLERR, POLLRDHUP
     int EFD_CLOEXEC, EFD_NONBLOCK
     int PROT_NONE, PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
     void *MAP_FAILED

@@ -11,7 +11,7 @@ from numbers import Real
 
 from cpython.exc cimport PyErr_CheckSignals
 from fastrecv._recv.arena cimport Arena, Column, Endpoint, Layout, Lease, Path, Pool, lease, new_pool, nothing
-from fastrecv._recv.batch cimport Batch, new_batch
+from fastrecv._recv.batch cimport new_batch
 from fastrecv._recv.linux cimport *
 from libc.errno cimport EAGAIN, EBADF, EINTR, ESHUTDOWN, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t

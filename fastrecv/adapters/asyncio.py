@@ -16,7 +16,8 @@ from typing import Any, TypeVar, Unpack
 
 from fastrecv._recv import Batch
 from fastrecv.adapters.sending import Sender
-from fastrecv.receiver import Options, Receiver
+from fastrecv.options import Options
+from fastrecv.receiver import Receiver
 from fastrecv.sockets import Address
 
 __all__ = ["Transport", "create_datagram_endpoint"]

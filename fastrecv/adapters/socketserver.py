@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from fastrecv._recv import MAX_SLOT
-from fastrecv.receiver import Options, Receiver
+from fastrecv.options import Options
+from fastrecv.receiver import Receiver
 
 __all__ = ["ThreadingUDPServer", "UDPServer", "UnixDatagramServer"]
 

@@ -11,7 +11,7 @@ from fastrecv.bench.decoders import NETFLOW, SENDERS
 from fastrecv.bench.lab import Lab
 from fastrecv.bench.prefill import Injection, Traffic, Trains, pattern
 from fastrecv.bench.receivers import BASICS, Contender, again, c_loop_with, in_sockmap, receiver_with
-from fastrecv.receiver import Features
+from fastrecv.options import Features
 
 __all__ = ["GROUPS", "PAYLOADS", "SOURCES", "Group"]
 

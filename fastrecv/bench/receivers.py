@@ -22,7 +22,7 @@ from typing import Any, Literal, Unpack
 from fastrecv import Receiver
 from fastrecv.bench.limit import CLoop
 from fastrecv.bpf import packaged
-from fastrecv.receiver import Features
+from fastrecv.options import Features
 
 __all__ = ["BASICS", "Contender", "Ready", "again", "c_loop_with", "in_sockmap", "missing", "receiver_with"]
 

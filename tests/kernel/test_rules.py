@@ -15,9 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastrecv.bpf import Object, packaged
-from fastrecv.rules import MAX_ALTERNATIVES, Binding, RuleSetError, compile_rules
+from fastrecv.rules import MAX_ALTERNATIVES, MEMBERS, Binding, RuleSetError, compile_rules
 
-MEMBERS = 4  # of lookup.bpf.c
 SK_DROP, SK_PASS = 0, 1
 PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 KINDS = {socket.IPPROTO_TCP: socket.SOCK_STREAM, socket.IPPROTO_UDP: socket.SOCK_DGRAM}
@@ -44,7 +43,7 @@ def sockets() -> Iterator[Sockets]:
 def loaded(bindings: list[Binding], sockets: Sockets, on_miss: Any = "drop") -> Iterator[Object]:
     tables = compile_rules(bindings, on_miss)
     with packaged("lookup") as lookup:
-        tables.load(lookup, MEMBERS)
+        tables.load(lookup)
         for number, name in enumerate(tables.destinations):
             if name in sockets:
                 lookup.maps["sockets"].update([number * MEMBERS], [sockets[name].fileno()])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import fastrecv
 from fastrecv import Batch, NotSupported, Receiver, Statistics
 from fastrecv.backend import ReceiverBackend
-from fastrecv.receiver import Options
+from fastrecv.options import Options
 from fastrecv.sockets import Address
 
 HEADER = np.dtype([("version", ">u2"), ("count", ">u2")])

@@ -651,7 +651,7 @@ def test_a_feature_that_the_family_has_not_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_option_that_the_kernel_refuses_names_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fastrecv.receiver as module
+    import fastrecv.options as module
 
     setting = module._Setting("gro", socket.IPPROTO_UDP, 12345, 1, 4, (socket.AF_INET,), "Linux 9.9")
     monkeypatch.setattr(module, "_SETTINGS", (setting,))

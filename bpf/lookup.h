@@ -1,0 +1,104 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0 */
+/* What the dispatcher's program reads: the tables that fastrecv/rules.py compiles, sockets and counters. */
+#define AF_INET 2 /* include/linux/socket.h */
+#define IPPROTO_TCP 6
+
+#define MEMBERS 4     /* sockets kept of a destination */
+#define FAN 8         /* intervals of a node */
+#define DEPTH 16      /* levels that both halves of an IPv6 address may take together */
+#define CONDITIONS 32 /* rules of one prefix and port at most */
+
+/* An entry of `ports`: kind in the top two bits, number below. */
+#define NOTHING 0
+#define ANSWER 1
+#define TREE 2
+#define TABLE 3
+#define NUMBER 0x3fffffff
+
+/* An entry of first4 and blocks4: 0, the first of some rules, or with this bit the next block. */
+#define BLOCK 0x80000000
+
+/* A rule. */
+#define LAST 1    /* none follows */
+#define DROP 2    /* the verdict is a drop */
+#define ON_PASS 4 /* a missing socket leaves the packet to the ordinary lookup */
+
+struct words { /* arrays have a stride of 8 bytes: 16 words an element keep them dense */
+	__u32 word[16];
+};
+
+struct block {
+	__u32 entry[256];
+};
+
+/*
+ * A node of a tree over intervals of 64 bits: child[i] holds from key[i - 1] on, up to below key[i]. Bulk-loaded
+ * in user space, so all leaves are equally deep.
+ */
+#define LEAF 0x80000000 /* the child is the first of some rules, 0 none */
+#define LOW 0x40000000  /* the child is the root of a tree over the low half of an IPv6 address */
+
+struct node {
+	__u64 key[FAN - 1];
+	__u32 child[FAN];
+};
+
+struct rule {
+	__u32 destination;
+	__u32 flags;
+	__u32 ifindex;   /* 0: any */
+	__u32 source[4]; /* network byte order; IPv4 in the first word */
+	__u32 mask[4];
+};
+
+struct counters {
+	__u64 lookups; /* packets that a rule of this destination took */
+	__u64 misses;  /* of them, without a socket to give them to */
+	__u64 refused; /* of them, whose socket the kernel refused: connected, or of another family */
+};
+
+/* Set before load. */
+const volatile __u32 conditions; /* whether any rule has a source or an interface */
+
+/* Sizes are set before load. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct words);
+} ports SEC(".maps"), first4 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct block);
+} blocks4 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct node);
+} nodes SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct rule);
+} rules SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKMAP);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} sockets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct counters);
+} counts SEC(".maps");
