@@ -43,7 +43,7 @@ sanitize: setup
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=build/sanitize/lib \
 		$(BIN)/pytest -s --import-mode=importlib -p no:cacheprovider tests/kernel/test_bpf.py \
 		tests/unit/test_receiver.py tests/unit/test_batch.py tests/unit/test_arrow.py tests/unit/test_replies.py \
-		tests/unit/test_sockets.py tests/unit/test_ownership.py tests/unit/test_endurance.py
+		tests/unit/test_sockets.py tests/unit/test_ownership.py
 
 # A wheel that carries libbpf and libelf, as released.
 wheel: setup
