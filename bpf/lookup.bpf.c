@@ -95,11 +95,15 @@ int lookup(struct bpf_sk_lookup *ctx)
 	struct counters *count;
 	struct bpf_sock *sk;
 	struct rule *rule;
-	__u64 high;
-	int i;
+	__u64 high, live;
+	int i, error = 0;
 
 	asm volatile("" : "+r"(ip4), "+r"(ip6[0]), "+r"(ip6[1]), "+r"(ip6[2]), "+r"(ip6[3]));
 	asm volatile("" : "+r"(from4), "+r"(from6[0]), "+r"(from6[1]), "+r"(from6[2]), "+r"(from6[3]));
+
+	live = ifindex != 0; /* packets come in by an interface, test runs do not: they count nothing */
+	if (as_if_from)
+		ifindex = as_if_from;
 
 	entry = word_of(&ports, ((family != AF_INET) << 17) + ((protocol != IPPROTO_TCP) << 16) + port);
 	if (!entry)
@@ -140,7 +144,7 @@ int lookup(struct bpf_sk_lookup *ctx)
 	count = bpf_map_lookup_elem(&counts, &rule->destination);
 	if (!count)
 		return SK_DROP;
-	count->lookups++;
+	count->lookups += live;
 	if (rule->flags & DROP)
 		return SK_DROP; /* the binding says so */
 	for (member = 0; member < MEMBERS; member++) {
@@ -148,15 +152,24 @@ int lookup(struct bpf_sk_lookup *ctx)
 		sk = bpf_map_lookup_elem(&sockets, &index);
 		if (!sk)
 			continue;
-		i = bpf_sk_assign(ctx, sk, 0);
+		error = bpf_sk_assign(ctx, sk, 0);
 		bpf_sk_release(sk);
-		if (!i)
+		if (!error)
 			return SK_PASS;
-		count->refused++;
-		return SK_DROP; /* bound, and nobody else may have it */
 	}
-	count->misses++;
-	return rule->flags & ON_PASS ? SK_PASS : SK_DROP; /* no socket of the destination is there */
+	if (!error) {
+		count->misses += live;
+		return rule->flags & ON_PASS ? SK_PASS : SK_DROP; /* no socket of the destination is there */
+	}
+	if (error == -ESOCKTNOSUPPORT)
+		count->unfit += live;
+	else if (error == -EAFNOSUPPORT)
+		count->family += live;
+	else if (error == -EEXIST)
+		count->taken += live;
+	else
+		count->other += live;
+	return SK_DROP; /* bound, and nobody else may have it */
 }
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

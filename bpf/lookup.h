@@ -2,6 +2,10 @@
 /* What the dispatcher's program reads: the tables that fastrecv/rules.py compiles, sockets and counters. */
 #define AF_INET 2 /* include/linux/socket.h */
 #define IPPROTO_TCP 6
+/* include/uapi/asm-generic/errno.h, errno-base.h */
+#define EEXIST 17
+#define ESOCKTNOSUPPORT 94
+#define EAFNOSUPPORT 97
 
 #define MEMBERS 4     /* sockets kept of a destination */
 #define FAN 8         /* intervals of a node */
@@ -54,11 +58,16 @@ struct rule {
 struct counters {
 	__u64 lookups; /* packets that a rule of this destination took */
 	__u64 misses;  /* of them, without a socket to give them to */
-	__u64 refused; /* of them, whose socket the kernel refused: connected, or of another family */
+	/* Of them, whose sockets the kernel refused, by the last one's error: */
+	__u64 unfit;  /* ESOCKTNOSUPPORT: connected, or listens no more */
+	__u64 family; /* EAFNOSUPPORT */
+	__u64 taken;  /* EEXIST: a program attached before this one has chosen a socket */
+	__u64 other;
 };
 
 /* Set before load. */
 const volatile __u32 conditions; /* whether any rule has a source or an interface */
+const volatile __u32 as_if_from; /* the interface that a test run stands for; the kernel lets it name none */
 
 /* Sizes are set before load. */
 struct {

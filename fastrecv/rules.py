@@ -7,17 +7,27 @@ address the bindings that may apply to it, in order of precedence, those of shor
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrecv.bpf import Object
 
-__all__ = ["MAX_ALTERNATIVES", "MAX_EXPANDED", "MEMBERS", "Binding", "RuleSetError", "Tables", "compile_rules"]
+__all__ = [
+    "MAX_ALTERNATIVES",
+    "MAX_EXPANDED",
+    "MEMBERS",
+    "Binding",
+    "Destination",
+    "RuleSetError",
+    "Tables",
+    "compile_rules",
+    "destinations_of",
+]
 
 Network = IPv4Network | IPv6Network
 
@@ -34,6 +44,14 @@ _LAST, _DROP, _PASS = 1, 2, 4  # flags of a rule
 _PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 
 
+class Destination(NamedTuple):
+    """Where bindings lead: the sockets of a label (None: drop) for one family (AF_*) and protocol (IPPROTO_*)."""
+
+    label: str | None
+    family: int
+    protocol: int
+
+
 class RuleSetError(ValueError):
     """A rule set cannot be compiled; the message names the binding or the limit."""
 
@@ -43,7 +61,8 @@ class Binding:
     """One binding: packets for `prefix` and `ports` go to `label`.
 
     ports : first and last; (0, 65535) is any. label : None drops. source : a prefix of the sender's address.
-    interface : index of the interface they came in by, 0 any.
+    interface : index of the interface they came in by, 0 any. on_miss : what becomes of them while the label has no
+    socket; "pass" leaves them to the kernel's ordinary lookup.
     """
 
     protocol: Literal["tcp", "udp", "any"]
@@ -52,6 +71,7 @@ class Binding:
     label: str | None
     source: Network | None = None
     interface: int = 0
+    on_miss: Literal["drop", "pass"] = "drop"
 
     def __post_init__(self) -> None:
         first, last = self.ports
@@ -80,8 +100,7 @@ class Tables:
     """What lookup.bpf.c reads, ready to be put into its maps. Entry 0 of `rules` is never used.
 
     ports : uint32, shape (4 * 65536,), by family (IPv4 first), protocol (TCP first) and port. first4 : uint32, shape
-    (n, 65536). blocks4 : uint32, shape (n, 256). nodes : NODE. rules : RULE, one each. destinations : (label,
-    family, protocol) by number.
+    (n, 65536). blocks4 : uint32, shape (n, 256). nodes : NODE. rules : RULE, one each.
     """
 
     ports: NDArray[np.uint32]
@@ -89,13 +108,12 @@ class Tables:
     blocks4: NDArray[np.uint32]
     nodes: NDArray[np.void]
     rules: NDArray[np.void]
-    destinations: list[tuple[str | None, int, int]]
     conditions: bool
 
     def load(self, lookup: Object) -> None:
-        """Size the maps of an opened `lookup` object, load it, and fill them; its sockets are the caller's to put in.
+        """Size the maps of an opened `lookup` object, load it, and fill them. CAP_BPF and CAP_NET_ADMIN.
 
-        Destination n has the MEMBERS places from n * MEMBERS on in the map `sockets`. CAP_BPF and CAP_NET_ADMIN.
+        Its maps `sockets` and `counts` are the caller's: to reuse or to size before, and to fill.
         """
         arrays = {
             "ports": self.ports.reshape(-1, 16), "first4": self.first4.reshape(-1, 16), "blocks4": self.blocks4,
@@ -103,8 +121,6 @@ class Tables:
         }  # fmt: skip
         for name, rows in arrays.items():
             lookup.maps[name].max_entries = max(len(rows), 1)
-        lookup.maps["counts"].max_entries = max(len(self.destinations), 1)
-        lookup.maps["sockets"].max_entries = MEMBERS * max(len(self.destinations), 1)
         lookup.set(conditions=int(self.conditions))
         lookup.load()
         for name, rows in arrays.items():
@@ -120,12 +136,22 @@ RULE = np.dtype(
 )
 
 
+def destinations_of(bindings: Iterable[Binding]) -> list[Destination]:
+    """The destinations that bindings lead to, each once, in the order in which they first do."""
+    found: dict[Destination, None] = {}
+    for binding in bindings:
+        family = socket.AF_INET if binding.prefix.version == 4 else socket.AF_INET6
+        for name, protocol in _PROTOCOLS.items():
+            if binding.protocol in (name, "any"):
+                found[Destination(binding.label, family, protocol)] = None
+    return list(found)
+
+
 class _Compiler:
-    def __init__(self, on_miss: Literal["drop", "pass"]) -> None:
-        self.miss = _PASS if on_miss == "pass" else 0
+    def __init__(self, destinations: Mapping[Destination, int]) -> None:
         self.rules: list[tuple[int, int, int, bytes, bytes]] = [(0, 0, 0, bytes(16), bytes(16))]
         self.starts: dict[tuple[tuple[int, ...], int, int], int] = {}  # of lists of rules that exist already
-        self.destinations: dict[tuple[str | None, int, int], int] = {}
+        self.destinations = destinations
         self.expanded = 0
 
     def rules_for(self, bindings: Sequence[Binding], chain: tuple[int, ...], family: int, protocol: int) -> int:
@@ -136,9 +162,9 @@ class _Compiler:
             start = self.starts[key] = len(self.rules)
             for place, number in enumerate(chain):
                 binding = bindings[number]
-                name = (binding.label, family, protocol)
-                destination = self.destinations.setdefault(name, len(self.destinations))
-                flags = self.miss | (_LAST if place == len(chain) - 1 else 0) | (_DROP if binding.label is None else 0)
+                destination = self.destinations[Destination(binding.label, family, protocol)]
+                flags = _LAST if place == len(chain) - 1 else 0
+                flags |= (_DROP if binding.label is None else 0) | (_PASS if binding.on_miss == "pass" else 0)
                 source = mask = bytes(16)
                 if binding.source is not None:
                     source = binding.source.network_address.packed.ljust(16, b"\0")
@@ -196,10 +222,11 @@ def _chains(bindings: Sequence[Binding], numbers: Iterable[int]) -> dict[tuple[i
     return chains
 
 
-def compile_rules(bindings: Sequence[Binding], on_miss: Literal["drop", "pass"] = "drop") -> Tables:
+def compile_rules(bindings: Sequence[Binding], destinations: Mapping[Destination, int]) -> Tables:
     """Compile a rule set. RuleSetError where it is ambiguous or past a limit.
 
-    on_miss : what becomes of a packet whose binding has no socket.
+    destinations : the number of every destination that `destinations_of` the bindings names. That of number n has the
+    MEMBERS places from n * MEMBERS on in the map `sockets`.
     """
     seen: dict[tuple[object, ...], Binding] = {}
     for binding in bindings:
@@ -209,7 +236,7 @@ def compile_rules(bindings: Sequence[Binding], on_miss: Literal["drop", "pass"] 
         if other is not binding and other.label != binding.label:
             raise RuleSetError(f"{binding.prefix} ports {binding.ports[0]}-{binding.ports[1]} is bound twice, to "
                                f"{other.label} and to {binding.label}")  # fmt: skip
-    compiler = _Compiler(on_miss)
+    compiler = _Compiler(destinations)
     tables = _Layout()
     for family, version in ((socket.AF_INET, 4), (socket.AF_INET6, 6)):
         for second, (name, protocol) in enumerate(_PROTOCOLS.items()):
@@ -237,7 +264,6 @@ def compile_rules(bindings: Sequence[Binding], on_miss: Literal["drop", "pass"] 
         blocks4=_stacked(tables.blocks4, 256),
         nodes=np.concatenate(tables.nodes) if tables.nodes else np.zeros(0, NODE),
         rules=_rule_rows(compiler.rules),
-        destinations=list(compiler.destinations),
         conditions=any(binding.conditional for binding in bindings),
     )
 

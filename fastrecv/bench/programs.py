@@ -21,7 +21,7 @@ import numpy as np
 from fastrecv.bench.floods import FIRST_SOURCE_PORT, PORT, Flood
 from fastrecv.bench.prefixes import draw
 from fastrecv.bpf import Program, packaged
-from fastrecv.rules import Binding, compile_rules
+from fastrecv.rules import Binding, compile_rules, destinations_of
 
 __all__ = ["PROGRAMS", "Method", "selects"]
 
@@ -70,7 +70,7 @@ def _dispatcher(flood: Flood, sink: socket.socket, entries: int, seed: int) -> I
         for length, address in zip(lengths, addresses, strict=True)
     ]
     with packaged("lookup") as lookup:
-        compile_rules(bindings).load(lookup)
+        compile_rules(bindings, {destination: 0 for destination in destinations_of(bindings)}).load(lookup)
         lookup.maps["sockets"].update([0], [sink.fileno()])
         yield lookup.programs["lookup"]
 
