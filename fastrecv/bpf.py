@@ -44,6 +44,7 @@ __all__ = [
     "ProgramInfo",
     "Statistics",
     "TestRun",
+    "compiled",
     "link_ids",
     "link_info",
     "packaged",
@@ -52,9 +53,14 @@ __all__ = [
 ]
 
 
+def compiled(name: str) -> bytes:
+    """What bpf/<name>.bpf.c was compiled to: an ELF file."""
+    return files("fastrecv").joinpath("objects", f"{name}.bpf.o").read_bytes()
+
+
 def packaged(name: str) -> Object:
     """The BPF object compiled from bpf/<name>.bpf.c: opened, not yet loaded."""
-    return Object(files("fastrecv").joinpath("objects", f"{name}.bpf.o").read_bytes(), name)
+    return Object(compiled(name), name)
 
 
 def sk_lookup_links() -> dict[int, LinkInfo]:

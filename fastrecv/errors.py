@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BpfError", "NotSupported"]
+__all__ = ["BpfError", "NotSupported", "SocketRefusedError", "StateError"]
 
 
 class BpfError(OSError):
@@ -33,3 +33,11 @@ class NotSupported(OSError):  # noqa: N818 - names a state of the host, not a mi
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+class StateError(OSError):
+    """What is loaded on this host does not allow what was asked; the message says why and what to do."""
+
+
+class SocketRefusedError(OSError):
+    """A socket cannot be what it was given for; the message says why and, where there is one, the cure."""

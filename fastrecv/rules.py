@@ -2,20 +2,23 @@
 
 What a packet would have to search for is searched here, once: every port is told which addresses matter on it, every
 address the bindings that may apply to it, in order of precedence, those of shorter covering prefixes after its own.
+Rule sets may be large, hence columns of numpy and not objects wherever a step is taken for every binding.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
-from typing import Literal, NamedTuple
+from itertools import pairwise
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrecv.bpf import Object
+from fastrecv.steering_tables import FEW, RULE, Layout, Numbers, Tables, begins
 
 __all__ = [
     "MAX_ALTERNATIVES",
@@ -30,17 +33,13 @@ __all__ = [
 ]
 
 Network = IPv4Network | IPv6Network
+Ports = tuple[int, int]  # first and last
 
 MEMBERS = 4  # MEMBERS of lookup.bpf.c: sockets kept of a destination
 MAX_ALTERNATIVES = 32  # CONDITIONS of lookup.bpf.c
 MAX_EXPANDED = 4_000_000  # bindings, each counted once for every set of ports that is treated alike
 MAX_TABLES = 1024  # IPv4 tables of 256 KiB: sets of ports with more than a few prefixes
-# lookup.bpf.c: kinds of `ports`, the flag of a block, the fan of a node and the flags of its children.
-_ANSWER, _TREE, _TABLE = 1 << 30, 2 << 30, 3 << 30
-_BLOCK = 1 << 31
-_FAN, _LEAF, _LOW = 8, 1 << 31, 1 << 30
-_FEW = 16  # IPv4 prefixes that a tree serves as well as a table of 256 KiB
-_LAST, _DROP, _PASS = 1, 2, 4  # flags of a rule
+_LAST, _DROP, _PASS = 1, 2, 4  # flags of a rule in lookup.bpf.c
 _PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 
 
@@ -56,7 +55,7 @@ class RuleSetError(ValueError):
     """A rule set cannot be compiled; the message names the binding or the limit."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Binding:
     """One binding: packets for `prefix` and `ports` go to `label`.
 
@@ -95,131 +94,19 @@ class Binding:
         return -self.prefix.prefixlen, last - first, -source, not self.interface, self.protocol == "any", first
 
 
-@dataclass
-class Tables:
-    """What lookup.bpf.c reads, ready to be put into its maps. Entry 0 of `rules` is never used.
-
-    ports : uint32, shape (4 * 65536,), by family (IPv4 first), protocol (TCP first) and port. first4 : uint32, shape
-    (n, 65536). blocks4 : uint32, shape (n, 256). nodes : NODE. rules : RULE, one each.
-    """
-
-    ports: NDArray[np.uint32]
-    first4: NDArray[np.uint32]
-    blocks4: NDArray[np.uint32]
-    nodes: NDArray[np.void]
-    rules: NDArray[np.void]
-    conditions: bool
-
-    def load(self, lookup: Object) -> None:
-        """Size the maps of an opened `lookup` object, load it, and fill them. CAP_BPF and CAP_NET_ADMIN.
-
-        Its maps `sockets` and `counts` are the caller's: to reuse or to size before, and to fill.
-        """
-        arrays = {
-            "ports": self.ports.reshape(-1, 16), "first4": self.first4.reshape(-1, 16), "blocks4": self.blocks4,
-            "nodes": self.nodes, "rules": self.rules,
-        }  # fmt: skip
-        for name, rows in arrays.items():
-            lookup.maps[name].max_entries = max(len(rows), 1)
-        lookup.set(conditions=int(self.conditions))
-        lookup.load()
-        for name, rows in arrays.items():
-            if len(rows):
-                kind = lookup.maps[name].value_dtype
-                values = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1).view(kind)[:, 0]
-                lookup.maps[name].update(np.arange(len(rows), dtype=np.uint32), values)
-
-
-NODE = np.dtype([("key", "u8", (_FAN - 1,)), ("child", "u4", (_FAN,))])
-RULE = np.dtype(
-    [("destination", "u4"), ("flags", "u4"), ("ifindex", "u4"), ("source", "u4", (4,)), ("mask", "u4", (4,))]
-)
+_Link = tuple[int, int]  # of a chain: the numbers of what a binding asks for, and how it acts
+_Rule = tuple[int, int, int, bytes, bytes]  # as in RULE
 
 
 def destinations_of(bindings: Iterable[Binding]) -> list[Destination]:
     """The destinations that bindings lead to, each once, in the order in which they first do."""
     found: dict[Destination, None] = {}
-    for binding in bindings:
-        family = socket.AF_INET if binding.prefix.version == 4 else socket.AF_INET6
+    for label, version, named in dict.fromkeys(map(attrgetter("label", "prefix.version", "protocol"), bindings)):
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
         for name, protocol in _PROTOCOLS.items():
-            if binding.protocol in (name, "any"):
-                found[Destination(binding.label, family, protocol)] = None
+            if named in (name, "any"):
+                found[Destination(label, family, protocol)] = None
     return list(found)
-
-
-class _Compiler:
-    def __init__(self, destinations: Mapping[Destination, int]) -> None:
-        self.rules: list[tuple[int, int, int, bytes, bytes]] = [(0, 0, 0, bytes(16), bytes(16))]
-        self.starts: dict[tuple[tuple[int, ...], int, int], int] = {}  # of lists of rules that exist already
-        self.destinations = destinations
-        self.expanded = 0
-
-    def rules_for(self, bindings: Sequence[Binding], chain: tuple[int, ...], family: int, protocol: int) -> int:
-        """Where the rules of a chain of bindings begin; equal chains share theirs."""
-        key = chain, family, protocol
-        start = self.starts.get(key)
-        if start is None:
-            start = self.starts[key] = len(self.rules)
-            for place, number in enumerate(chain):
-                binding = bindings[number]
-                destination = self.destinations[Destination(binding.label, family, protocol)]
-                flags = _LAST if place == len(chain) - 1 else 0
-                flags |= (_DROP if binding.label is None else 0) | (_PASS if binding.on_miss == "pass" else 0)
-                source = mask = bytes(16)
-                if binding.source is not None:
-                    source = binding.source.network_address.packed.ljust(16, b"\0")
-                    mask = binding.source.netmask.packed.ljust(16, b"\0")
-                self.rules.append((destination, flags, binding.interface, source, mask))
-        return start
-
-
-def _port_sets(bindings: Sequence[Binding], chosen: list[int]) -> Iterable[tuple[int, int, tuple[int, ...]]]:
-    """(first, last, bindings) for every run of ports on which the same bindings are to be looked at."""
-    begins: dict[int, list[int]] = {}
-    ends: dict[int, list[int]] = {}
-    for number in chosen:
-        first, last = bindings[number].ports
-        begins.setdefault(first, []).append(number)
-        ends.setdefault(last + 1, []).append(number)
-    edges = sorted(begins.keys() | ends.keys())
-    active: set[int] = set()
-    for edge, following in zip(edges, [*edges[1:], 65536][: len(edges)], strict=True):
-        active.difference_update(ends.get(edge, ()))
-        active.update(begins.get(edge, ()))
-        if active and edge < 65536:
-            yield edge, following - 1, tuple(sorted(active))
-
-
-def _chains(bindings: Sequence[Binding], numbers: Iterable[int]) -> dict[tuple[int, int], tuple[int, ...]]:
-    """For every prefix (address, length) the bindings that may apply below it, in order of precedence.
-
-    A chain ends with the first binding that asks for no more than prefix and port: what would follow never applies.
-    """
-    own: dict[tuple[int, int], list[int]] = {}
-    for number in numbers:
-        prefix = bindings[number].prefix
-        own.setdefault((int(prefix.network_address), prefix.prefixlen), []).append(number)
-    chains: dict[tuple[int, int], tuple[int, ...]] = {}
-    above: list[tuple[int, int]] = []  # the prefixes that cover the one at hand, outermost first
-    bits = next(iter(own.values()))[0]
-    width = bindings[bits].prefix.max_prefixlen
-    for address, length in sorted(own):
-        while above and (address ^ above[-1][0]) >> (width - above[-1][1]):
-            above.pop()
-        chain: list[int] = []
-        inherited = chains[above[-1]] if above else ()
-        for number in (*sorted(own[address, length], key=lambda n: bindings[n].precedence), *inherited):
-            chain.append(number)
-            if not bindings[number].conditional:
-                break
-        if len(chain) > MAX_ALTERNATIVES:
-            raise RuleSetError(
-                f"{bindings[chain[0]].prefix}: {len(chain)} bindings by source or interface apply to one port, "
-                f"{MAX_ALTERNATIVES} can be told apart"
-            )
-        chains[address, length] = tuple(chain)
-        above.append((address, length))
-    return chains
 
 
 def compile_rules(bindings: Sequence[Binding], destinations: Mapping[Destination, int]) -> Tables:
@@ -228,150 +115,235 @@ def compile_rules(bindings: Sequence[Binding], destinations: Mapping[Destination
     destinations : the number of every destination that `destinations_of` the bindings names. That of number n has the
     MEMBERS places from n * MEMBERS on in the map `sockets`.
     """
-    seen: dict[tuple[object, ...], Binding] = {}
-    for binding in bindings:
-        other = seen.setdefault(
-            (binding.prefix, binding.ports, binding.source, binding.interface, binding.protocol), binding
-        )
-        if other is not binding and other.label != binding.label:
-            raise RuleSetError(f"{binding.prefix} ports {binding.ports[0]}-{binding.ports[1]} is bound twice, to "
-                               f"{other.label} and to {binding.label}")  # fmt: skip
-    compiler = _Compiler(destinations)
-    tables = _Layout()
-    for family, version in ((socket.AF_INET, 4), (socket.AF_INET6, 6)):
+    families = [
+        _Family(family, chosen)
+        for family, version in ((socket.AF_INET, 4), (socket.AF_INET6, 6))
+        if (chosen := [binding for binding in bindings if binding.prefix.version == version])
+    ]
+    rules, layout, expanded = _Rules(destinations), Layout(), 0
+    for family in families:
+        answers: list[_Answers] = []
+        runs: list[tuple[int, int, int]] = []  # first and last of `ports`, and the place of their answers
         for second, (name, protocol) in enumerate(_PROTOCOLS.items()):
-            chosen = [number for number, binding in enumerate(bindings)
-                      if binding.prefix.version == version and binding.protocol in (name, "any")]  # fmt: skip
-            known: dict[tuple[int, ...], int] = {}
-            for first, last, numbers in _port_sets(bindings, chosen):
-                if numbers not in known:
-                    compiler.expanded += len(numbers)
-                    if compiler.expanded > MAX_EXPANDED:
+            start = ((family.family == socket.AF_INET6) << 17) + (second << 16)
+            members = family.by_ports(name)
+            known: dict[frozenset[Ports], int] = {}
+            sets: list[Numbers] = []
+            for first, last, ranges in _port_runs(members):
+                if ranges not in known:
+                    expanded += sum(len(members[ports]) for ports in ranges)
+                    if expanded > MAX_EXPANDED:
                         raise RuleSetError(
                             f"more than {MAX_EXPANDED:,} bindings, those of port ranges counted anew for every set of "
                             "ports that they fall into: bind fewer ranges, or fewer ports apart"
                         )
-                    begins = {
-                        prefix: compiler.rules_for(bindings, chain, family, protocol)
-                        for prefix, chain in _chains(bindings, numbers).items()
-                    }
-                    known[numbers] = tables.add(version, begins)
-                start = ((version == 6) << 17) + (second << 16)
-                tables.ports[start + first : start + last + 1] = known[numbers]
-    return Tables(
-        ports=tables.ports,
-        first4=_stacked(tables.first4, 65536),
-        blocks4=_stacked(tables.blocks4, 256),
-        nodes=np.concatenate(tables.nodes) if tables.nodes else np.zeros(0, NODE),
-        rules=_rule_rows(compiler.rules),
-        conditions=any(binding.conditional for binding in bindings),
-    )
+                    known[ranges] = len(answers) + len(sets)
+                    sets.append(np.sort(np.concatenate([members[ports] for ports in ranges])))
+                runs.append((start + first, start + last, known[ranges]))
+            answers += family.answers(sets, protocol, rules)
+        entries = _laid_out(layout, family, answers)
+        for first, last, number in runs:
+            layout.ports[first : last + 1] = entries[number]
+    return layout.tables(rules.rows(), conditions=any(bool(family.conditional.any()) for family in families))
 
 
-def _stacked(rows: list[NDArray[np.uint32]], *shape: int) -> NDArray[np.uint32]:
-    return np.stack(rows) if rows else np.zeros((0, *shape), np.uint32)
+class _Answers(NamedTuple):
+    """What one set of ports answers: its prefixes, as numbers in ascending order, and where the rules of each begin."""
+
+    prefixes: Numbers
+    starts: NDArray[np.uint32]
 
 
-def _rule_rows(rules: list[tuple[int, int, int, bytes, bytes]]) -> NDArray[np.void]:
-    rows = np.zeros(len(rules), RULE)
-    for name, column in zip(("destination", "flags", "ifindex"), list(zip(*rules, strict=True))[:3], strict=True):
-        rows[name] = column
-    rows["source"] = np.frombuffer(b"".join(rule[3] for rule in rules), np.uint32).reshape(-1, 4)
-    rows["mask"] = np.frombuffer(b"".join(rule[4] for rule in rules), np.uint32).reshape(-1, 4)
-    return rows
+def _laid_out(layout: Layout, family: _Family, answers: list[_Answers]) -> NDArray[np.uint32]:
+    """The entry of `ports` for each of the answers; equal ones, as the ports of one service have, share theirs."""
+    alike: dict[tuple[bytes, bytes], int] = {}
+    which = [alike.setdefault((each.prefixes.tobytes(), each.starts.tobytes()), len(alike)) for each in answers]
+    kept = [answers[place] for place in np.unique(which, return_index=True)[1]]
+    sizes = np.array([len(each.prefixes) for each in kept])
+    prefixes, starts = np.concatenate([each.prefixes for each in kept]), np.concatenate([each.starts for each in kept])
+    high, low, length = family.high[prefixes], family.low[prefixes], family.length[prefixes]
+    if family.family == socket.AF_INET6:
+        return layout.add6(sizes, high, low, length, starts)[which]
+    if int((sizes > FEW).sum()) > MAX_TABLES:
+        raise RuleSetError(f"more than {MAX_TABLES:,} sets of ports have more than {FEW} IPv4 prefixes each")
+    return layout.add4(sizes, high, length, starts)[which]
 
 
-def _intervals(values: dict[tuple[int, int], int], bits: int) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
-    """Where the value of the longest covering prefix (address, length) changes, and to what; LEAF alone is none."""
-    changes: dict[int, int] = {0: _LEAF}
-    above: list[tuple[int, int]] = []  # (end, value) of the prefixes that cover the place at hand, outermost first
-    for (address, length), value in sorted(values.items()):
-        while above and above[-1][0] <= address:
-            end, _ = above.pop()
-            changes[end] = above[-1][1] if above else _LEAF
-        changes[address] = value
-        above.append((address + (1 << bits - length), value))
-    while above:
-        end, _ = above.pop()
-        changes[end] = above[-1][1] if above else _LEAF
-    changes.pop(1 << bits, None)
-    return np.fromiter(changes, np.uint64, len(changes)), np.fromiter(changes.values(), np.uint32, len(changes))
+def _port_runs(ranges: Iterable[Ports]) -> Iterator[tuple[int, int, frozenset[Ports]]]:
+    """(first, last, ranges) for every run of ports that lies in the same ranges."""
+    opening: dict[int, list[Ports]] = {}
+    closing: dict[int, list[Ports]] = {}
+    for ports in ranges:
+        opening.setdefault(ports[0], []).append(ports)
+        closing.setdefault(ports[1] + 1, []).append(ports)
+    active: set[Ports] = set()
+    for edge, following in pairwise(sorted(opening.keys() | closing.keys())):
+        active.difference_update(closing.get(edge, ()))
+        active.update(opening.get(edge, ()))
+        if active:
+            yield edge, following - 1, frozenset(active)
 
 
-class _Layout:
-    """The tables by address, as they grow: one entry of `ports` for every set of ports that is treated alike."""
+class _Rules:
+    """The rules as they grow; equal chains share theirs."""
 
-    def __init__(self) -> None:
-        self.ports = np.zeros(4 * 65536, np.uint32)
-        self.first4: list[NDArray[np.uint32]] = []
-        self.blocks4: list[NDArray[np.uint32]] = []
-        self.nodes: list[NDArray[np.void]] = []
-        self.size = 0  # of all nodes
+    def __init__(self, destinations: Mapping[Destination, int]) -> None:
+        self._all: list[_Rule] = [(0, 0, 0, bytes(16), bytes(16))]
+        self._starts: dict[tuple[_Rule, ...], int] = {}
+        self._destinations = destinations
 
-    def add(self, version: int, begins: dict[tuple[int, int], int]) -> int:
-        """The entry of `ports` that leads to the rules; `begins` says where those of each (address, length) begin."""
-        if list(begins) == [(0, 0)]:
-            return _ANSWER | begins[0, 0]
-        if version == 6:
-            return _TREE | self._tree6(begins)
-        if len(begins) <= _FEW:
-            return _TREE | self._tree({key: _LEAF | rule for key, rule in begins.items()}, 32)
-        if len(self.first4) == MAX_TABLES:
-            raise RuleSetError(f"more than {MAX_TABLES:,} sets of ports have more than {_FEW} IPv4 prefixes each")
-        self.first4.append(self._paint(begins))
-        return _TABLE | len(self.first4) - 1
+    def start(self, chain: Sequence[tuple[Binding, Binding]], family: int, protocol: int) -> int:
+        """Where the rules of a chain begin. Of two bindings each, one is as it asks, the other as it acts."""
+        made: list[_Rule] = []
+        for ask, act in chain:
+            destination = self._destinations[Destination(act.label, family, protocol)]
+            flags = _LAST if len(made) == len(chain) - 1 else 0
+            flags |= (_DROP if act.label is None else 0) | (_PASS if act.on_miss == "pass" else 0)
+            source = mask = bytes(16)
+            if ask.source is not None:
+                source = ask.source.network_address.packed.ljust(16, b"\0")
+                mask = ask.source.netmask.packed.ljust(16, b"\0")
+            made.append((destination, flags, ask.interface, source, mask))
+        start = self._starts.setdefault(tuple(made), len(self._all))
+        if start == len(self._all):
+            self._all += made
+        return start
 
-    def _tree6(self, begins: dict[tuple[int, int], int]) -> int:
-        """A tree over the high halves; where prefixes are longer than that, it leads on to one over the low halves."""
-        high = {(address >> 64, length): _LEAF | rule for (address, length), rule in begins.items() if length <= 64}
-        longer: dict[int, dict[tuple[int, int], int]] = {}
-        for (address, length), rule in begins.items():
-            if length > 64:
-                longer.setdefault(address >> 64, {})[address & (1 << 64) - 1, length - 64] = _LEAF | rule
-        starts, values = _intervals(high, 64)
-        for place, low in longer.items():
-            covering = int(values[int(np.searchsorted(starts, np.uint64(place), "right")) - 1])
-            high[place, 64] = _LOW | self._tree({(0, 0): covering, **low}, 64)
-        return self._tree(high, 64)
+    def rows(self) -> NDArray[np.void]:
+        rows = np.zeros(len(self._all), RULE)
+        destination, flags, interface, source, mask = zip(*self._all, strict=True)
+        rows["destination"], rows["flags"], rows["ifindex"] = destination, flags, interface
+        rows["source"] = np.frombuffer(b"".join(source), np.uint32).reshape(-1, 4)
+        rows["mask"] = np.frombuffer(b"".join(mask), np.uint32).reshape(-1, 4)
+        return rows
 
-    def _tree(self, values: dict[tuple[int, int], int], bits: int) -> int:
-        """A tree of nodes over the intervals that prefixes (address, length) make; the number of its root."""
-        starts, children = _intervals(values, bits)
-        while True:
-            groups = -(-len(starts) // _FAN)
-            # A node that is not full repeats its last child, behind keys that only the largest number reaches.
-            filled = np.pad(children, (0, groups * _FAN - len(children)), "edge").reshape(groups, _FAN)
-            keys = np.pad(starts, (0, groups * _FAN - len(starts)), constant_values=~np.uint64(0)).reshape(groups, _FAN)
-            level = np.zeros(groups, NODE)
-            level["key"], level["child"] = keys[:, 1:], filled
-            first = self.size
-            self.nodes.append(level)
-            self.size += groups
-            if groups == 1:
-                return first
-            starts = keys[:, 0]
-            children = np.arange(first, first + groups, dtype=np.uint32)
 
-    def _paint(self, begins: dict[tuple[int, int], int]) -> NDArray[np.uint32]:
-        """A table of 16, 8 and 8 bits: shorter prefixes first, so that longer ones cover them."""
-        first = np.zeros(65536, np.uint32)
-        for (address, length), rule in sorted(begins.items(), key=lambda item: item[0][1]):
-            top = address >> 16
-            if length <= 16:
-                first[top : top + (1 << 16 - length)] = rule
-                continue
-            middle = self._block(first, top)
-            low = address >> 8 & 255
-            if length <= 24:
-                middle[low : low + (1 << 24 - length)] = rule
-                continue
-            last = self._block(middle, low)
-            last[address & 255 : (address & 255) + (1 << 32 - length)] = rule
-        return first
+class _Family:
+    """The bindings of one IP version as columns, sorted by address, length of prefix and precedence.
 
-    def _block(self, table: NDArray[np.uint32], place: int) -> NDArray[np.uint32]:
-        """The block below one entry, made of what stood there."""
-        if not table[place] & _BLOCK:
-            self.blocks4.append(np.full(256, table[place], np.uint32))
-            table[place] = _BLOCK | len(self.blocks4) - 1
-        return self.blocks4[int(table[place]) & ~_BLOCK]
+    prefix, ask, act : numbers of what each binding has; `asks` and `acts` hold a binding as an example of each.
+    high, low, length : by number of prefix; the halves of the address, IPv4 at the upper end of the high one.
+    conditional : by number of ask.
+    """
+
+    def __init__(self, family: int, bindings: list[Binding]) -> None:
+        self.family = family
+        self._networks = [binding.prefix for binding in bindings]
+        packed = np.frombuffer(b"".join([network.network_address.packed for network in self._networks]), np.uint8)
+        halves = np.zeros((len(bindings), 16), np.uint8)
+        halves[:, : len(packed) // len(bindings)] = packed.reshape(len(bindings), -1)
+        high, low = halves.view(">u8").astype(np.uint64).T
+        length = np.array([network.prefixlen for network in self._networks])
+        self.asks, ask = _numbered(bindings, attrgetter("protocol", "ports", "source", "interface"))
+        self.acts, act = _numbered(bindings, attrgetter("label", "on_miss"))
+        self.conditional = np.array([example.conditional for example in self.asks])
+        keys = [_key(example) for example in self.asks]
+        ranks = {key: rank for rank, key in enumerate(sorted(set(keys)))}
+        rank = np.array([ranks[key] for key in keys])[ask]
+        self._order = np.lexsort((rank, length, low, high))  # stable: what ranks the same stays in the order given
+        self.ask, self.act, rank = ask[self._order], act[self._order], rank[self._order]
+        high, low, length = high[self._order], low[self._order], length[self._order]
+        first = begins(high, low, length)
+        self.prefix = np.cumsum(first) - 1
+        self.high, self.low, self.length = high[first], low[first], length[first]
+        again = ~begins(self.prefix, rank)
+        again[:-1] |= again[1:]
+        _refuse_ambiguous(bindings[place] for place in np.sort(self._order[again]))
+
+    def by_ports(self, protocol: str) -> dict[Ports, Numbers]:
+        """The bindings for a protocol by their ports, as places in the columns."""
+        ranges: dict[Ports, int] = {}
+        of_asks = [
+            ranges.setdefault(example.ports, len(ranges)) if example.protocol in (protocol, "any") else -1
+            for example in self.asks
+        ]
+        numbers = np.array(of_asks)[self.ask]
+        places = np.argsort(numbers, kind="stable")
+        bounds = np.searchsorted(numbers[places], np.arange(len(ranges) + 1)).tolist()
+        return {ports: places[begin:end] for ports, (begin, end) in zip(ranges, pairwise(bounds), strict=True)}
+
+    def answers(self, sets: list[Numbers], protocol: int, rules: _Rules) -> list[_Answers]:
+        """The answers of sets of bindings, which are given as ascending places in the columns.
+
+        A prefix whose first binding asks for no more than prefix and port has this one for a chain. Only the sets in
+        which another asks for more are searched, prefix by prefix.
+        """
+        if not sets:
+            return []
+        places = np.concatenate(sets)
+        of_set = np.repeat(np.arange(len(sets)), [len(each) for each in sets])
+        heads = begins(of_set, self.prefix[places])
+        places, of_set = places[heads], of_set[heads]
+        bounds = np.searchsorted(of_set, np.arange(len(sets) + 1)).tolist()
+        conditional = self.conditional[self.ask[places]]
+        starts = np.zeros(len(places), np.uint32)
+        # Nothing of what they ask for is left to a rule: those that act alike have the same.
+        plain = places[~conditional]
+        _, examples, which = np.unique(self.act[plain], return_index=True, return_inverse=True)
+        chains = [self._chain([(int(self.ask[place]), int(self.act[place]))]) for place in plain[examples]]
+        alone = [rules.start(chain, self.family, protocol) for chain in chains]
+        starts[~conditional] = np.array(alone, np.uint32)[which]
+        for number in np.unique(of_set[conditional]).tolist():
+            found = self._chains(sets[number])
+            known = {links: rules.start(self._chain(links), self.family, protocol) for links in dict.fromkeys(found)}
+            starts[bounds[number] : bounds[number + 1]] = [known[links] for links in found]
+        numbers = self.prefix[places]
+        return [_Answers(numbers[begin:end], starts[begin:end]) for begin, end in pairwise(bounds)]
+
+    def _chain(self, links: Iterable[_Link]) -> list[tuple[Binding, Binding]]:
+        return [(self.asks[ask], self.acts[act]) for ask, act in links]
+
+    def _chains(self, places: Numbers) -> list[tuple[_Link, ...]]:
+        """For every prefix of a set of bindings those that may apply below it, in order of precedence.
+
+        A chain ends with the first binding that asks for no more than prefix and port: what would follow never applies.
+        """
+        heads = np.flatnonzero(begins(self.prefix[places]))
+        numbers = self.prefix[places[heads]]
+        columns = (self.high[numbers].tolist(), self.low[numbers].tolist(), self.length[numbers].tolist())
+        links = list(zip(self.ask[places].tolist(), self.act[places].tolist(), strict=True))
+        conditional = self.conditional.tolist()
+        chains: list[tuple[_Link, ...]] = []
+        above: list[tuple[int, tuple[_Link, ...]]] = []  # (end, chain) of the covering prefixes, outermost first
+        bounds = pairwise([*heads.tolist(), len(places)])
+        for (begin, end), high, low, length in zip(bounds, *columns, strict=True):
+            address = high << 64 | low
+            while above and above[-1][0] <= address:
+                above.pop()
+            chain: list[_Link] = []
+            for link in (*links[begin:end], *(above[-1][1] if above else ())):
+                chain.append(link)
+                if not conditional[link[0]]:
+                    break
+            if len(chain) > MAX_ALTERNATIVES:
+                raise RuleSetError(
+                    f"{self._networks[self._order[places[begin]]]}: {len(chain)} bindings by source or interface apply "
+                    f"to one port, {MAX_ALTERNATIVES} can be told apart"
+                )
+            chains.append(tuple(chain))
+            above.append((address + (1 << 128 - length), chains[-1]))
+        return chains
+
+
+def _numbered(bindings: list[Binding], aspect: Callable[[Binding], object]) -> tuple[list[Binding], Numbers]:
+    """An example of every value that an aspect of the bindings has, and the number of each binding's value."""
+    values = list(map(aspect, bindings))
+    examples = dict(zip(values, bindings, strict=True))
+    numbers = {value: number for number, value in enumerate(examples)}
+    return list(examples.values()), np.fromiter(map(numbers.__getitem__, values), np.int64, len(values))
+
+
+def _key(binding: Binding) -> tuple[int | str, ...]:
+    """Sorts bindings of one prefix by precedence, and those that ask for the same next to each other."""
+    source = int(binding.source.network_address) if binding.source is not None else 0
+    return *binding.precedence[1:], binding.protocol, binding.interface, source
+
+
+def _refuse_ambiguous(bindings: Iterable[Binding]) -> None:
+    seen: dict[tuple[object, ...], Binding] = {}
+    for binding in bindings:
+        asked = binding.prefix, binding.ports, binding.source, binding.interface, binding.protocol
+        other = seen.setdefault(asked, binding)
+        if other.label != binding.label:
+            raise RuleSetError(f"{binding.prefix} ports {binding.ports[0]}-{binding.ports[1]} is bound twice, to "
+                               f"{other.label} and to {binding.label}")  # fmt: skip

@@ -23,6 +23,7 @@ class ProgramInfo(NamedTuple):
     id: int
     name: str
     type: int
+    tag: str
     run_time_ns: int
     run_count: int
 
@@ -73,7 +74,9 @@ class Object:
 
 class Program(_Descriptor):
     @property
-    def owner(self) -> Object: ...
+    def owner(self) -> Object | None: ...
+    @staticmethod
+    def open(path: str | os.PathLike[str], *, read_only: bool = False) -> Program: ...
     @property
     def name(self) -> str: ...
     @property
@@ -98,9 +101,16 @@ class Map(_Descriptor):
     @property
     def name(self) -> str: ...
     @staticmethod
+    def array(name: str, value_dtype: DTypeLike, max_entries: int) -> Map: ...
+    @staticmethod
     def open(
-        path: str | os.PathLike[str], key_dtype: DTypeLike | None = None, value_dtype: DTypeLike | None = None
+        path: str | os.PathLike[str],
+        key_dtype: DTypeLike | None = None,
+        value_dtype: DTypeLike | None = None,
+        *,
+        read_only: bool = False,
     ) -> Map: ...
+    def reuse(self, other: Map) -> None: ...
     def update(self, keys: ArrayLike, values: ArrayLike, flags: int = 0) -> None: ...
     def delete(self, keys: ArrayLike) -> None: ...
     def lookup(self, keys: ArrayLike) -> NDArray[Any]: ...

@@ -5,7 +5,7 @@ cdef enum:
 cdef object error(int code, str tried)
 cdef void forget_log() noexcept
 cdef int check(int result, str tried) except -1
-cdef int open_pin(path) except -1
+cdef int open_pin(path, bint read_only=*) except -1
 
 cdef class Descriptor:
     cdef int fd

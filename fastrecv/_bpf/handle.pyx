@@ -10,8 +10,15 @@ import warnings
 from fastrecv.errors import BpfError
 
 from cpython.exc cimport PyErr_CheckSignals
-from fastrecv._bpf.libbpf cimport bpf_obj_get, bpf_obj_pin, libbpf_version_string
+from fastrecv._bpf.libbpf cimport (
+    BPF_F_RDONLY,
+    bpf_obj_get_opts,
+    bpf_obj_pin,
+    get_pinned,
+    libbpf_version_string,
+)
 from libc.errno cimport EINTR, EPERM
+from libc.string cimport memset
 
 
 cdef extern from *:
@@ -132,10 +139,14 @@ cdef class Descriptor:
             self.close()
 
 
-cdef int open_pin(path) except -1:
+cdef int open_pin(path, bint read_only=False) except -1:
     cdef bytes encoded = os.fsencode(path)
     cdef const char *name = encoded
+    cdef bpf_obj_get_opts opts
     cdef int result
+    memset(&opts, 0, sizeof(opts))
+    opts.sz = sizeof(opts)
+    opts.file_flags = BPF_F_RDONLY if read_only else 0
     with nogil:
-        result = bpf_obj_get(name)
+        result = get_pinned(name, &opts)
     return check(result, f"opening the pin {os.fsdecode(path)}")

@@ -5,10 +5,12 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 cdef extern from "<linux/bpf.h>" nogil:
     enum:
         BPF_F_LOCK
+        BPF_F_RDONLY
         BPF_SK_LOOKUP
         BPF_XDP
         BPF_STATS_RUN_TIME
         BPF_F_TEST_XDP_LIVE_FRAMES
+        BPF_MAP_TYPE_ARRAY
         BPF_MAP_TYPE_PERCPU_HASH
         BPF_MAP_TYPE_PERCPU_ARRAY
         BPF_MAP_TYPE_LRU_PERCPU_HASH
@@ -24,6 +26,7 @@ cdef extern from "<linux/bpf.h>" nogil:
     struct bpf_prog_info:
         uint32_t type
         uint32_t id
+        uint8_t tag[8]
         char name[16]
         uint64_t run_time_ns
         uint64_t run_cnt
@@ -55,6 +58,10 @@ cdef extern from "<bpf/bpf.h>" nogil:
     struct bpf_map_batch_opts:
         size_t sz
         uint64_t elem_flags
+
+    struct bpf_obj_get_opts:
+        size_t sz
+        uint32_t file_flags
 
     struct bpf_link_create_opts:
         size_t sz
@@ -90,7 +97,9 @@ cdef extern from "<bpf/bpf.h>" nogil:
     int bpf_map_delete_batch(int fd, const void *keys, uint32_t *count,
                              const bpf_map_batch_opts *opts)
     int bpf_obj_pin(int fd, const char *path)
-    int bpf_obj_get(const char *path)
+    int get_pinned "bpf_obj_get_opts" (const char *path, const bpf_obj_get_opts *opts)
+    int bpf_map_create(int map_type, const char *map_name, uint32_t key_size, uint32_t value_size,
+                       uint32_t max_entries, const void *opts)
     int bpf_obj_get_info_by_fd(int fd, void *info, uint32_t *length)
     int bpf_link_create(int prog_fd, int target_fd, int attach_type,
                         const bpf_link_create_opts *opts)
@@ -179,6 +188,7 @@ cdef extern from "<bpf/libbpf.h>" nogil:
     uint32_t bpf_map__key_size(const bpf_map *map)
     uint32_t bpf_map__value_size(const bpf_map *map)
     uint32_t bpf_map__max_entries(const bpf_map *map)
+    int bpf_map__reuse_fd(bpf_map *map, int fd)
     int bpf_map__set_max_entries(bpf_map *map, uint32_t max_entries)
     uint32_t bpf_map__btf_key_type_id(const bpf_map *map)
     uint32_t bpf_map__btf_value_type_id(const bpf_map *map)

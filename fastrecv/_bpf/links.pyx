@@ -26,7 +26,7 @@ from libc.stdint cimport uint32_t
 from libc.string cimport memset
 
 LinkInfo = namedtuple("LinkInfo", "id type program_id netns_inode attach_type ifindex")
-ProgramInfo = namedtuple("ProgramInfo", "id name type run_time_ns run_count")
+ProgramInfo = namedtuple("ProgramInfo", "id name type tag run_time_ns run_count")
 
 LINK_NETNS = BPF_LINK_TYPE_NETNS
 SK_LOOKUP = BPF_SK_LOOKUP
@@ -108,7 +108,8 @@ def program_info_of(int fd):
     with nogil:
         result = bpf_obj_get_info_by_fd(fd, &info, &size)
     check(result, "reading about a program")
-    return ProgramInfo(info.id, info.name.decode("utf-8", "replace"), info.type, info.run_time_ns, info.run_cnt)
+    return ProgramInfo(info.id, info.name.decode("utf-8", "replace"), info.type, (<char *>info.tag)[:8].hex(),
+                       info.run_time_ns, info.run_cnt)
 
 
 def link_ids():

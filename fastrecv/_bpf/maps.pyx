@@ -8,6 +8,7 @@ from fastrecv._bpf.handle cimport ENOTSUPP, Descriptor, check, open_pin
 from fastrecv._bpf.layout cimport dtype_of
 from fastrecv._bpf.libbpf cimport (
     BPF_F_LOCK,
+    BPF_MAP_TYPE_ARRAY,
     BPF_MAP_TYPE_LRU_PERCPU_HASH,
     BPF_MAP_TYPE_PERCPU_ARRAY,
     BPF_MAP_TYPE_PERCPU_CGROUP_STORAGE,
@@ -18,10 +19,12 @@ from fastrecv._bpf.libbpf cimport (
     bpf_map__fd,
     bpf_map__key_size,
     bpf_map__max_entries,
+    bpf_map__reuse_fd,
     bpf_map__set_max_entries,
     bpf_map__type,
     bpf_map__value_size,
     bpf_map_batch_opts,
+    bpf_map_create,
     bpf_map_delete_batch,
     bpf_map_delete_elem,
     bpf_map_get_next_key,
@@ -59,16 +62,30 @@ cdef class Map(Descriptor):
     cdef str _name
 
     def __init__(self):
-        raise TypeError("maps are found in Object.maps, or opened by Map.open")
+        raise TypeError("maps are found in Object.maps, made by Map.array, or opened by Map.open")
 
     @staticmethod
-    def open(path, key_dtype=None, value_dtype=None):
-        """The map pinned at `path`, its layouts as given (the sizes are checked)."""
+    def array(str name not None, value_dtype, uint32_t max_entries):
+        """A new ARRAY map that belongs to no object: keys 0 to max_entries - 1. CAP_BPF."""
+        cdef bytes encoded = name.encode()
+        cdef Map map = Map.__new__(Map)
+        size = np.dtype(value_dtype).itemsize
+        map.fd = check(bpf_map_create(BPF_MAP_TYPE_ARRAY, encoded, 4, size, max_entries, NULL), f"making map {name}")
+        map._name = name
+        map.describe(BPF_MAP_TYPE_ARRAY, max_entries, np.uint32, 4, value_dtype, size)
+        return map
+
+    @staticmethod
+    def open(path, key_dtype=None, value_dtype=None, *, bint read_only=False):
+        """The map pinned at `path`, its layouts as given (the sizes are checked).
+
+        read_only : needs no more than read permission on the pin.
+        """
         cdef bpf_map_info info
         cdef uint32_t size = sizeof(info)
         cdef Map map = Map.__new__(Map)
         memset(&info, 0, sizeof(info))
-        map.fd = open_pin(path)
+        map.fd = open_pin(path, read_only)
         try:
             check(bpf_obj_get_info_by_fd(map.fd, &info, &size), f"reading about the map at {os.fsdecode(path)}")
             map._name = info.name.decode("utf-8", "replace")
@@ -125,6 +142,17 @@ cdef class Map(Descriptor):
         self.owner.alive()
         check(bpf_map__set_max_entries(self.ptr, value), f"sizing map {self.name}")
         self.capacity = value
+
+    def reuse(self, Map other not None):
+        """Let the object use `other` for this map, its size and layout included; only before the object is loaded."""
+        cdef int fd = other.alive()
+        if self.owner is None or self.owner.loaded:
+            raise ValueError(f"map {self.name} exists already")
+        self.owner.alive()
+        if other.type != self.type or other.key_dtype != self.key_dtype or other.value_dtype != self.value_dtype:
+            raise ValueError(f"map {self.name} cannot reuse map {other.name}: their layouts differ")
+        check(bpf_map__reuse_fd(self.ptr, fd), f"reusing map {other.name}")
+        self.capacity = other.capacity
 
     cdef _rows(self, items, dtype, tuple shape, str what):
         """`items` as n rows of `dtype`, contiguous, with every byte of padding 0 (the kernel hashes padding too)."""

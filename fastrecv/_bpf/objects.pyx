@@ -7,7 +7,7 @@ import numpy as np
 
 from fastrecv._bpf.links import program_info_of, take_link
 
-from fastrecv._bpf.handle cimport Descriptor, check, error, forget_log
+from fastrecv._bpf.handle cimport Descriptor, check, error, forget_log, open_pin
 from fastrecv._bpf.layout cimport section_type
 from fastrecv._bpf.libbpf cimport (
     BPF_F_TEST_XDP_LIVE_FRAMES,
@@ -187,12 +187,21 @@ cdef bpf_map *map_named(Object owner, str name) except NULL:
 
 
 cdef class Program(Descriptor):
-    """One program of an Object; its descriptor belongs to the object."""
+    """One program: of an Object (its descriptor belongs to the object), or `Program.open` of a pin."""
 
     def __init__(self):
-        raise TypeError("programs are found in Object.programs")
+        raise TypeError("programs are found in Object.programs, or opened by Program.open")
+
+    @staticmethod
+    def open(path, *, bint read_only=False):
+        """The program pinned at `path`. read_only : needs no more than read permission on the pin."""
+        cdef Program program = Program.__new__(Program)
+        program.fd = open_pin(path, read_only)
+        return program
 
     cdef int alive(self) except -1:
+        if self.owner is None:
+            return Descriptor.alive(self)
         self.owner.alive()
         if not self.owner.loaded:
             raise ValueError(f"BPF object {self.owner.name} is not loaded")
@@ -200,6 +209,8 @@ cdef class Program(Descriptor):
 
     @property
     def name(self):
+        if self.owner is None:
+            return self.info.name
         self.owner.alive()
         return bpf_program__name(self.ptr).decode()
 

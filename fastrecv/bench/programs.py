@@ -70,7 +70,7 @@ def _dispatcher(flood: Flood, sink: socket.socket, entries: int, seed: int) -> I
         for length, address in zip(lengths, addresses, strict=True)
     ]
     with packaged("lookup") as lookup:
-        compile_rules(bindings, {destination: 0 for destination in destinations_of(bindings)}).load(lookup)
+        compile_rules(bindings, dict.fromkeys(destinations_of(bindings), 0)).load(lookup)
         lookup.maps["sockets"].update([0], [sink.fileno()])
         yield lookup.programs["lookup"]
 

@@ -1,0 +1,248 @@
+"""Sockets that exist already: where they come from, and whether packets can be steered to them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from errno import EACCES, EBADF, ENOTSOCK, EPERM, ESRCH
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+
+from fastrecv.errors import SocketRefusedError
+from fastrecv.netns import cookie_of as namespace_of
+from fastrecv.rules import Destination
+
+__all__ = ["PROTOCOLS", "PROTOCOL_NAMES", "by_destination", "cookie_of", "described", "from_systemd", "of_process"]
+
+PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
+PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
+
+# include/uapi/asm-generic/socket.h
+_SO_ACCEPTCONN, _SO_PROTOCOL, _SO_COOKIE = 30, 38, 57
+_IPPROTO_MPTCP = 262  # include/uapi/linux/in.h
+_PIDFD_GETFD = 438  # include/uapi/asm-generic/unistd.h: one number on all architectures
+_FIRST_FD = 3  # sd_listen_fds(3)
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def cookie_of(sock: socket.socket) -> int:
+    """What the kernel, SOCKMAPs and `ss -e` (sk:) call a socket (SO_COOKIE, Linux 4.12)."""
+    return int(struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0])
+
+
+def described(sock: socket.socket) -> str:
+    """A socket for a message: tcp 127.0.0.1 port 80."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return f"a socket of family {getattr(sock.family, 'name', sock.family)}"
+    host, port = sock.getsockname()[:2]
+    return f"{PROTOCOL_NAMES.get(_protocol(sock), f'protocol {_protocol(sock)}')} {host} port {port}"
+
+
+def _protocol(sock: socket.socket) -> int:
+    return sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL)
+
+
+def _families(sock: socket.socket) -> tuple[int, ...]:
+    """The families whose packets the socket can take: a dual-stack one takes both."""
+    if sock.family == socket.AF_INET:
+        return (socket.AF_INET,)
+    only = sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+    # Bound to an IPv6 address it takes IPv4 by sk_lookup all the same, unless it is IPv6-only.
+    return (socket.AF_INET6,) if only else (socket.AF_INET6, socket.AF_INET)
+
+
+def _refuse(sock: socket.socket, namespace: int) -> None:
+    """SocketRefusedError where packets cannot be steered to a socket."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        raise SocketRefusedError(f"{described(sock)}: packets are steered to IPv4 and IPv6 sockets only")
+    protocol = _protocol(sock)
+    if protocol == _IPPROTO_MPTCP:
+        raise SocketRefusedError(
+            f"{described(sock)} is an MPTCP listener, which BPF maps do not take: open it as plain TCP (Go: "
+            "ListenConfig.SetMultipathTCP(false) or GODEBUG=multipathtcp=0)"
+        )
+    if protocol not in PROTOCOL_NAMES:
+        raise SocketRefusedError(f"{described(sock)}: packets are steered to TCP and UDP sockets only")
+    if namespace_of(sock) != namespace:
+        raise SocketRefusedError(f"{described(sock)} lives in another network namespace: see --netns")
+    with contextlib.suppress(OSError):
+        peer = sock.getpeername()
+        raise SocketRefusedError(f"{described(sock)} is connected to {peer[0]} port {peer[1]}: register one that is not")
+    if protocol == socket.IPPROTO_TCP and not sock.getsockopt(socket.SOL_SOCKET, _SO_ACCEPTCONN):
+        raise SocketRefusedError(f"{described(sock)} does not listen: register it after listen()")
+    if sock.getsockname()[1] == 0:
+        raise SocketRefusedError(f"{described(sock)} is not bound: register it after bind()")
+
+
+def by_destination(label: str, sockets: Iterable[socket.socket], namespace: int) -> dict[Destination, list[socket.socket]]:
+    """Sockets by the destinations of `label` they serve. SocketRefusedError where one cannot be steered to.
+
+    One socket a destination, or the members of one reuseport group. A dual-stack socket serves IPv4 where no IPv4
+    socket does. namespace : the cookie of the one in which they must be.
+    """
+    found: dict[Destination, list[socket.socket]] = {}
+    borrowed: dict[Destination, list[socket.socket]] = {}
+    for sock in sockets:
+        _refuse(sock, namespace)
+        for family in _families(sock):
+            kind = found if family == sock.family else borrowed
+            kind.setdefault(Destination(label, family, _protocol(sock)), []).append(sock)
+    for destination, group in borrowed.items():
+        found.setdefault(destination, group)
+    if not found:
+        raise SocketRefusedError("no socket was given")
+    for group in found.values():
+        for other in group[1:]:
+            same = other.getsockname()[:2] == group[0].getsockname()[:2]
+            if not same or not all(one.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) for one in (group[0], other)):
+                raise SocketRefusedError(
+                    f"both {described(group[0])} and {described(other)} would serve {label!r}: give one of them, or "
+                    "the members of one reuseport group"
+                )
+    return found
+
+
+def _opened(fd: int) -> socket.socket:
+    """A socket object of its own for a descriptor that stays the caller's."""
+    try:
+        copy = os.dup(fd)
+    except OSError as error:
+        if error.errno != EBADF:
+            raise
+        raise SocketRefusedError(f"descriptor {fd} is not open") from None
+    try:
+        return socket.socket(fileno=copy)
+    except OSError as error:
+        os.close(copy)
+        if error.errno != ENOTSOCK:
+            raise
+        raise SocketRefusedError(f"descriptor {fd} is not a socket") from None
+
+
+@contextlib.contextmanager
+def of_descriptors(descriptors: Iterable[int]) -> Iterator[list[socket.socket]]:
+    """Sockets that this process has inherited."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(_opened(fd)) for fd in descriptors]
+
+
+def from_systemd(environment: Mapping[str, str] = os.environ) -> list[tuple[str, int]]:
+    """Names and numbers of the descriptors that systemd has passed to this process (sd_listen_fds(3)).
+
+    LISTEN_PID must be this process, so that a child does not take what was meant for its parent. Without
+    LISTEN_FDNAMES, the names are "unknown". Empty where nothing was passed; SocketRefusedError where it is malformed.
+    """
+    count = environment.get("LISTEN_FDS")
+    if count is None:
+        return []
+    meant = environment.get("LISTEN_PID")
+    if meant != str(os.getpid()):
+        raise SocketRefusedError(
+            f"LISTEN_PID is {meant or 'not set'}, this is process {os.getpid()}: the sockets are another's; use exec"
+        )
+    if not count.isdecimal() or int(count) > 1 << 16:
+        raise SocketRefusedError(f"LISTEN_FDS is {count!r}: not a number of descriptors")
+    names = environment.get("LISTEN_FDNAMES", "").split(":") if environment.get("LISTEN_FDNAMES") else []
+    if names and len(names) != int(count):
+        raise SocketRefusedError(f"LISTEN_FDNAMES has {len(names)} names for {count} descriptors")
+    return [(names[i] if names else "unknown", _FIRST_FD + i) for i in range(int(count))]
+
+
+@contextlib.contextmanager
+def of_process(
+    pid: int, protocol: int, address: IPv4Address | IPv6Address, port: int
+) -> Iterator[list[socket.socket]]:
+    """Copies of the sockets that another process has bound to just this address and port, closed again on leaving.
+
+    A copy that stayed open would keep the socket alive, and packets coming, after its process has died.
+    SocketRefusedError where there is none. pidfd_getfd(2): Linux 5.6, and leave to trace the process (CAP_SYS_PTRACE,
+    unless it is the same user's).
+    """
+    if pid == os.getpid():
+        raise SocketRefusedError(f"{pid} is this very process")
+    kinds = (protocol, _IPPROTO_MPTCP) if protocol == socket.IPPROTO_TCP else (protocol,)
+    with contextlib.ExitStack() as stack:
+        try:
+            process = os.pidfd_open(pid)
+        except OSError as error:
+            if error.errno == ESRCH:
+                raise SocketRefusedError(f"there is no process {pid}") from None
+            raise
+        stack.callback(os.close, process)
+        found: list[socket.socket] = []
+        connected: list[socket.socket] = []
+        others: list[str] = []
+        seen: set[int] = set()
+        for fd in _sockets_of(pid):
+            copy = _copied(process, fd)
+            if copy is None:
+                continue
+            stack.enter_context(copy)
+            if copy.family not in (socket.AF_INET, socket.AF_INET6) or cookie_of(copy) in seen:
+                continue  # an inherited socket has several descriptors
+            seen.add(cookie_of(copy))
+            host, bound = copy.getsockname()[:2]
+            named = (host.partition("%")[0], bound) == (str(address), port)
+            if named and _protocol(copy) in kinds:
+                (connected if _has_peer(copy) else found).append(copy)
+            elif bound and not _has_peer(copy):
+                others.append(described(copy))
+        if not found and connected:
+            raise SocketRefusedError(f"{described(connected[0])} of process {pid} is connected: packets cannot be steered to it")
+        if not found:
+            raise SocketRefusedError(
+                f"process {pid} has no {PROTOCOL_NAMES[protocol]} socket on {address} port {port}; it has "
+                f"{', '.join(sorted(others)) or 'none that could be registered'}"
+            )
+        yield found
+
+
+def _sockets_of(pid: int) -> list[int]:
+    folder = Path(f"/proc/{pid}/fd")
+    found = []
+    try:
+        for entry in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since
+                if os.readlink(entry).startswith("socket:"):
+                    found.append(int(entry.name))
+    except FileNotFoundError:
+        raise SocketRefusedError(f"process {pid} has ended") from None
+    except PermissionError:
+        raise _may_not_trace(pid) from None
+    return sorted(found)
+
+
+def _copied(process: int, fd: int) -> socket.socket | None:
+    """A copy of another process's descriptor; None when it was closed, or is no socket any more."""
+    copy = _libc.syscall(_PIDFD_GETFD, process, fd, 0)
+    if copy < 0:
+        code = ctypes.get_errno()
+        if code in (EPERM, EACCES):
+            raise _may_not_trace(None)
+        if code == EBADF:
+            return None
+        if code == ESRCH:
+            raise SocketRefusedError("the process has ended")
+        raise OSError(code, f"pidfd_getfd: {os.strerror(code)}")
+    try:
+        return socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        return None
+
+
+def _may_not_trace(pid: int | None) -> PermissionError:
+    who = "the process" if pid is None else f"process {pid}"
+    return PermissionError(EPERM, f"the sockets of {who} are not yours to take: run as root, or with CAP_SYS_PTRACE")
+
+
+def _has_peer(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,167 @@
+"""What outlives a process: directories of bpffs, locked while they are read or changed, and documents.
+
+A document is bytes in an ARRAY map, because bpffs holds nothing but BPF objects, directories and symbolic links.
+Everything is put in place by one step that the file system makes atomic, so a reader finds the old or the new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from fastrecv.bpf import Map
+from fastrecv.errors import StateError
+
+__all__ = ["DIRECTORY_MODE", "checked_root", "locked", "pin", "point", "read_document", "remove", "write_document"]
+
+DIRECTORY_MODE = 0o750
+_PIN_MODE = 0o640
+_CHUNK = 4096
+_LENGTH = 8  # bytes before the document, which say how long it is
+_POLL = 0.02  # seconds between two tries for a lock
+
+
+class Pinnable(Protocol):
+    def pin(self, path: str | os.PathLike[str]) -> None: ...
+
+
+def checked_root(bpffs: Path) -> Path:
+    """The directory under which this package pins, in a bpffs; made where it is missing.
+
+    StateError where `bpffs` is no BPF file system, or the directory is a stranger's, who could lock everybody out.
+    """
+    try:
+        device = os.stat(bpffs).st_dev  # noqa: PTH116 - st_dev is what mountinfo names
+    except FileNotFoundError:
+        raise StateError(f"{bpffs} does not exist: give the mount point of a BPF file system with --bpffs") from None
+    number = f"{os.major(device)}:{os.minor(device)}"
+    kinds = {
+        fields[2]: fields[fields.index("-") + 1]  # proc(5), mountinfo
+        for fields in map(str.split, Path("/proc/self/mountinfo").read_text().splitlines())
+    }
+    if kinds.get(number) != "bpf":
+        raise StateError(f"{bpffs} is no BPF file system: mount -t bpf bpf {bpffs}")
+    root = bpffs / "fastrecv"
+    with contextlib.suppress(FileExistsError, PermissionError):
+        root.mkdir(0o755)
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        owner = root.stat().st_uid
+        if owner not in (0, os.geteuid()):
+            raise StateError(f"{root} belongs to uid {owner}, who could keep everybody out: remove it")
+    return root
+
+
+@contextlib.contextmanager
+def locked(directory: Path, *, exclusive: bool, create: bool = False, timeout: float = 10.0) -> Iterator[None]:
+    """Hold a directory's lock: exclusive to change what is in it, shared to read.
+
+    create : make the directory, which then is empty, where it is missing; otherwise FileNotFoundError.
+    StateError, naming who holds it, when `timeout` seconds have passed.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        if create:
+            with contextlib.suppress(FileExistsError):
+                directory.mkdir(DIRECTORY_MODE)
+        try:
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            if create:  # somebody has removed it since
+                continue
+            raise
+        try:
+            _lock(fd, directory, exclusive, deadline)
+            if _is(fd, directory):
+                yield
+                return
+        finally:
+            os.close(fd)
+
+
+def _is(fd: int, directory: Path) -> bool:
+    """Whether the directory is still the one that was opened: it may have been removed while its lock was waited for."""
+    try:
+        return os.path.samestat(os.fstat(fd), directory.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(fd: int, directory: Path, exclusive: bool, deadline: float) -> None:
+    kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+    while True:
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(_POLL)
+                continue
+            raise StateError(f"{directory} is locked by {_holders(fd)}: wait for it to end, or end it") from None
+        return
+
+
+def _holders(fd: int) -> str:
+    """Who holds a lock of the file, by /proc/locks (proc(5))."""
+    status = os.fstat(fd)
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    found = []
+    for fields in map(str.split, Path("/proc/locks").read_text().splitlines()):
+        if fields[1] == "FLOCK" and fields[5] == place:
+            try:
+                name = Path("/proc", fields[4], "comm").read_text().strip()
+            except OSError:
+                name = "of another pid namespace" if fields[4] == "0" else "gone"
+            found.append(f"process {fields[4]} ({name})")
+    return ", ".join(found) or "somebody who has just let go"
+
+
+def pin(thing: Pinnable, path: Path) -> None:
+    """Pin an object, for the directory's owner to change and its group to read."""
+    thing.pin(path)
+    os.chown(path, -1, path.parent.stat().st_gid)
+    path.chmod(_PIN_MODE)
+
+
+def point(link: Path, target: str) -> None:
+    """Make a symbolic link lead to `target`, atomically."""
+    aside = link.with_name(f"{link.name}-new")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    aside.replace(link)
+
+
+def remove(path: Path) -> None:
+    """Remove a pin, or a directory with all that is in it; nothing where there is nothing."""
+    if path.is_dir() and not path.is_symlink():
+        for entry in path.iterdir():
+            remove(entry)
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_document(data: bytes, path: Path) -> None:
+    """Pin a document, atomically in the place of one that is there. CAP_BPF."""
+    chunks = -(-(_LENGTH + len(data)) // _CHUNK)
+    text = np.zeros(chunks * _CHUNK, np.uint8)
+    text[:_LENGTH] = np.frombuffer(len(data).to_bytes(_LENGTH, "little"), np.uint8)
+    text[_LENGTH : _LENGTH + len(data)] = np.frombuffer(data, np.uint8)
+    aside = path.with_name(f"{path.name}-new")
+    aside.unlink(missing_ok=True)
+    with Map.array("document", f"V{_CHUNK}", chunks) as document:
+        document.update(np.arange(chunks, dtype=np.uint32), text.view(f"V{_CHUNK}"))
+        pin(document, aside)
+    aside.replace(path)
+
+
+def read_document(path: Path) -> bytes:
+    """What `write_document` has pinned. Needs no more than read permission."""
+    with Map.open(path, np.uint32, f"V{_CHUNK}", read_only=True) as document:
+        text = document.lookup(np.arange(document.max_entries, dtype=np.uint32)).tobytes()
+    return text[_LENGTH : _LENGTH + int.from_bytes(text[:_LENGTH], "little")]
