@@ -23,13 +23,15 @@ class BpfError(OSError):
 class NotSupported(OSError):  # noqa: N818 - names a state of the host, not a mistake of the caller
     """The kernel or the privileges at hand cannot do this.
 
-    Attributes: feature, a name in fastrecv.features.FEATURES; requires (e.g. "Linux 5.9", "CAP_NET_ADMIN"); errno.
+    Attributes: feature, a name in fastrecv.features.FEATURES; requires (e.g. "Linux 5.9", "CAP_NET_ADMIN"); reason,
+    what is wrong or would mend it; errno.
     """
 
     def __init__(self, feature: str, requires: str, errno: int, reason: str) -> None:
         super().__init__(errno, f"{feature} not available: {reason} (needs {requires})")
         self.feature = feature
         self.requires = requires
+        self.reason = reason
 
     def __str__(self) -> str:
         return str(self.strerror)

@@ -7,6 +7,7 @@ hand is a defect of this package or of the kernel's configuration, and is report
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -59,7 +60,7 @@ def _failure(name: str) -> tuple[int, str] | None:
     """(errno, reason) of a feature that does not work; None when it does."""
     feature = FEATURES[name]
     if kernel_version() < feature.kernel:
-        return ENOSYS, f"this is Linux {os.uname().release}"
+        return ENOSYS, f"this is Linux {os.uname().release}, a newer one has it"
     try:
         feature.probe()
     except ImportError as error:
@@ -135,6 +136,30 @@ def _ipv6() -> None:
     socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
 
 
+def _cookies() -> None:
+    with contextlib.closing(Namespace.open()) as here:
+        assert here.cookie
+
+
+def _bpffs() -> None:
+    from fastrecv.pins import check_mounted  # noqa: PLC0415 - the receive core works without libbpf
+
+    check_mounted(Path("/sys/fs/bpf"))
+
+
+def _dispatcher() -> None:
+    from fastrecv.bpf import packaged  # noqa: PLC0415 - the receive core works without libbpf
+
+    with packaged("lookup") as lookup:
+        lookup.load()
+
+
+def _foreign_sockets() -> None:
+    from fastrecv.listeners import check_tracing  # noqa: PLC0415 - only who asks for it needs ctypes
+
+    check_tracing()
+
+
 def _rcu_expedited() -> None:
     Path("/sys/kernel/rcu_expedited").open("r+").close()
 
@@ -144,8 +169,12 @@ FEATURES = {
     for feature in (
         Feature("network namespaces", (3, 0), "CAP_SYS_ADMIN", _namespace),
         Feature("veth devices", (2, 6), "CAP_NET_ADMIN and CAP_SYS_ADMIN", _veth),
+        Feature("cookies of network namespaces", (5, 14), "", _cookies),
         Feature("IPv6", (2, 6), "", _ipv6),
         Feature("sk_lookup programs", (5, 9), "CAP_BPF and CAP_NET_ADMIN", _sk_lookup),
+        Feature("the dispatcher's program", (5, 17), "CAP_BPF and CAP_NET_ADMIN", _dispatcher),
+        Feature("a BPF file system at /sys/fs/bpf", (4, 4), "", _bpffs),
+        Feature("sockets of other processes", (5, 6), "CAP_SYS_PTRACE", _foreign_sockets),
         Feature("UDP sockets in a SOCKMAP", (5, 7), "CAP_BPF and CAP_NET_ADMIN", _sockmap),
         Feature("live frames in BPF_PROG_RUN", (5, 18), "CAP_BPF and CAP_NET_ADMIN", _live_frames),
         Feature("enumeration of BPF links", (5, 8), "CAP_SYS_ADMIN", _bpf_enumeration),

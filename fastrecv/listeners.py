@@ -16,7 +16,17 @@ from fastrecv.errors import SocketRefusedError
 from fastrecv.netns import cookie_of as namespace_of
 from fastrecv.rules import Destination
 
-__all__ = ["PROTOCOLS", "PROTOCOL_NAMES", "by_destination", "cookie_of", "described", "from_systemd", "of_process"]
+__all__ = [
+    "PROTOCOLS",
+    "PROTOCOL_NAMES",
+    "by_destination",
+    "check_tracing",
+    "cookie_of",
+    "described",
+    "from_systemd",
+    "of_descriptors",
+    "of_process",
+]
 
 PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
@@ -69,16 +79,17 @@ def _refuse(sock: socket.socket, namespace: int) -> None:
         raise SocketRefusedError(f"{described(sock)}: packets are steered to TCP and UDP sockets only")
     if namespace_of(sock) != namespace:
         raise SocketRefusedError(f"{described(sock)} lives in another network namespace: see --netns")
-    with contextlib.suppress(OSError):
-        peer = sock.getpeername()
-        raise SocketRefusedError(f"{described(sock)} is connected to {peer[0]} port {peer[1]}: register one that is not")
+    if _has_peer(sock):
+        raise SocketRefusedError(f"{described(sock)} is connected: packets cannot be steered to it")
     if protocol == socket.IPPROTO_TCP and not sock.getsockopt(socket.SOL_SOCKET, _SO_ACCEPTCONN):
         raise SocketRefusedError(f"{described(sock)} does not listen: register it after listen()")
     if sock.getsockname()[1] == 0:
         raise SocketRefusedError(f"{described(sock)} is not bound: register it after bind()")
 
 
-def by_destination(label: str, sockets: Iterable[socket.socket], namespace: int) -> dict[Destination, list[socket.socket]]:
+def by_destination(
+    label: str, sockets: Iterable[socket.socket], namespace: int
+) -> dict[Destination, list[socket.socket]]:
     """Sockets by the destinations of `label` they serve. SocketRefusedError where one cannot be steered to.
 
     One socket a destination, or the members of one reuseport group. A dual-stack socket serves IPv4 where no IPv4
@@ -153,9 +164,7 @@ def from_systemd(environment: Mapping[str, str] = os.environ) -> list[tuple[str,
 
 
 @contextlib.contextmanager
-def of_process(
-    pid: int, protocol: int, address: IPv4Address | IPv6Address, port: int
-) -> Iterator[list[socket.socket]]:
+def of_process(pid: int, protocol: int, address: IPv4Address | IPv6Address, port: int) -> Iterator[list[socket.socket]]:
     """Copies of the sockets that another process has bound to just this address and port, closed again on leaving.
 
     A copy that stayed open would keep the socket alive, and packets coming, after its process has died.
@@ -192,7 +201,7 @@ def of_process(
             elif bound and not _has_peer(copy):
                 others.append(described(copy))
         if not found and connected:
-            raise SocketRefusedError(f"{described(connected[0])} of process {pid} is connected: packets cannot be steered to it")
+            found = connected  # to be refused for what it is
         if not found:
             raise SocketRefusedError(
                 f"process {pid} has no {PROTOCOL_NAMES[protocol]} socket on {address} port {port}; it has "
@@ -207,13 +216,24 @@ def _sockets_of(pid: int) -> list[int]:
     try:
         for entry in folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # closed since
-                if os.readlink(entry).startswith("socket:"):
+                if entry.readlink().name.startswith("socket:"):
                     found.append(int(entry.name))
     except FileNotFoundError:
         raise SocketRefusedError(f"process {pid} has ended") from None
     except PermissionError:
         raise _may_not_trace(pid) from None
     return sorted(found)
+
+
+def check_tracing() -> None:
+    """PermissionError where the sockets of others' processes are out of reach."""
+    process = os.pidfd_open(1)
+    try:
+        copy = _copied(process, 0)
+    finally:
+        os.close(process)
+    if copy is not None:
+        copy.close()
 
 
 def _copied(process: int, fd: int) -> socket.socket | None:

@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
-from errno import E2BIG, EACCES, EPERM
+from errno import EACCES, EPERM
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -29,15 +28,15 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from fastrecv import bpf, listeners, pins
-from fastrecv.bpf import Link, LinkInfo, Map, Object, Program
+from fastrecv import bpf, generations, listeners, pins
+from fastrecv.bpf import Link, LinkInfo, Map, Program
 from fastrecv.errors import BpfError, StateError
 from fastrecv.members import Members
 from fastrecv.netns import Namespace
-from fastrecv.rules import MEMBERS, Binding, Destination, compile_rules
-from fastrecv.state import MAX_DESTINATIONS, Change, State, check_label, key_of
+from fastrecv.rules import Binding, Destination, compile_rules
+from fastrecv.state import Change, State, check_label, key_of
 
-__all__ = ["BPFFS", "COUNTERS", "Dispatcher", "Serving", "load", "remnants", "unload"]
+__all__ = ["BPFFS", "COUNTERS", "Dispatcher", "PathLike", "Serving", "directory_of"]
 
 BPFFS = Path("/sys/fs/bpf")
 COUNTERS = ("lookups", "misses", "unfit", "family", "taken", "other")
@@ -75,7 +74,8 @@ class Dispatcher:
     Privileges: those of the pins' owner to change it, with CAP_BPF and CAP_NET_ADMIN for whatever changes bindings;
     those of their group to read. Linux 5.17 (ingress_ifindex).
 
-    Attributes: cookie, of the namespace; state, what the dispatcher has been told (fastrecv.state.State); program.
+    Attributes: cookie, of the namespace; state, what the dispatcher has been told (fastrecv.state.State); program,
+    attached; sockets, a SOCKMAP.
     """
 
     def __init__(
@@ -88,9 +88,9 @@ class Dispatcher:
         adopt: bool = False,
     ) -> None:
         """Open what `load` has loaded."""
-        with contextlib.closing(Namespace.open(netns) if netns else Namespace.open()) as namespace:
+        with contextlib.closing(Namespace.open(netns)) as namespace:
             self.cookie = namespace.cookie
-        self._directory = _directory(pins.checked_root(Path(bpffs)), self.cookie)
+        self._directory = directory_of(pins.checked_root(Path(bpffs)), self.cookie)
         self._read_only = read_only
         self._held = contextlib.ExitStack()
         try:
@@ -111,14 +111,13 @@ class Dispatcher:
         self._link = self._linked()
         if not self._read_only:
             self._heal()
-        self._generation = self._directory / os.readlink(self._directory / "current")
+        self._generation = self._directory / (self._directory / "current").readlink()
         self.program = Program.open(self._generation / "program", read_only=self._read_only)
-        self._held.callback(lambda: self.program.close())
+        self._held.callback(self._close_program)
         self.state = State.decode(pins.read_document(self._generation / "document"))
         self._check(adopt)
-        sockets, self._counts = self._maps()
-        self._members = Members(sockets)
-        self._sockets = sockets
+        self.sockets, self._counts = self._maps()
+        self._members = Members(self.sockets)
 
     def _linked(self) -> Link | None:
         """The link, which the kernel opens to nobody who may not change it; None for a mere reader."""
@@ -134,14 +133,14 @@ class Dispatcher:
 
     def _heal(self) -> None:
         """Finish, or take back, what a killed process has left half-way."""
-        current = os.readlink(self._directory / "current")
+        current = (self._directory / "current").readlink().name
         attached = self._link.info.program_id if self._link is not None else 0
-        for entry in list(self._directory.glob("generation-*")):
-            if entry.name != current and _holds(entry, attached):
+        for entry in list(self._directory.glob(generations.PATTERN)):
+            if entry.name != current and generations.holds(entry, attached):
                 pins.point(self._directory / "current", entry.name)
                 current = entry.name
-        for entry in list(self._directory.iterdir()):
-            if entry.name.endswith("-new") or (entry.name.startswith("generation-") and entry.name != current):
+        for entry in [*self._directory.glob(generations.PATTERN), *self._directory.glob("*-new")]:
+            if entry.name != current:
                 pins.remove(entry)
 
     def _check(self, adopt: bool) -> None:
@@ -155,7 +154,7 @@ class Dispatcher:
             )
         if info.tag != self.state.tag:
             raise StateError(f"the program has tag {info.tag}, its state was written for {self.state.tag}: {_ANEW}")
-        if not self._read_only and self.state.program != _digest():
+        if not self._read_only and self.state.program != generations.digest():
             raise StateError(
                 f"program {info.tag} was loaded by fastrecv {self.state.version}, and this fastrecv "
                 f"({version('fastrecv')}) has another: `fastrecv lookup upgrade` replaces it, and keeps all else"
@@ -170,6 +169,9 @@ class Dispatcher:
             except ValueError as error:
                 raise StateError(f"its map {name} is of another layout ({error}): {_ANEW}") from None
             yield self._held.enter_context(opened)
+
+    def _close_program(self) -> None:
+        self.program.close()  # not the first one, where a change has put another in its place
 
     def close(self) -> None:
         """Let the lock go. Everything stays as it is, and in force."""
@@ -223,6 +225,14 @@ class Dispatcher:
         change = state.replace(bindings)
         if change.added or change.removed:
             self._put_in_force(state, bindings)
+        return change
+
+    def compare(self, bindings: Sequence[Binding]) -> Change:
+        """What replace_bindings would do; it is tried as far as can be without doing it. RuleSetError."""
+        state = copy.copy(self.state)
+        change = state.replace(bindings)
+        state.number(bindings, set(self._members.present(state.numbers.values())))
+        compile_rules(bindings, state.numbers)
         return change
 
     def bind(self, *bindings: Binding) -> Change:
@@ -293,11 +303,11 @@ class Dispatcher:
         """Build the next generation, and let it take over."""
         registered = set(self._members.present(state.numbers.values()))
         self._clean(state.number(bindings, registered).values())
-        generation = self._generation.with_name(f"generation-{int(self._generation.name.rpartition('-')[2]) + 1}")
+        generation = generations.following(self._generation)
         with bpf.packaged("lookup") as lookup:
-            lookup.maps["sockets"].reuse(self._sockets)
+            lookup.maps["sockets"].reuse(self.sockets)
             lookup.maps["counts"].reuse(self._counts)
-            _build(generation, lookup, bindings, state)
+            generations.build(generation, lookup, bindings, state)
             assert self._link is not None  # only readers have none
             self._link.update(lookup.programs["lookup"])
         pins.point(self._directory / "current", generation.name)
@@ -312,122 +322,6 @@ class Dispatcher:
         self._counts.update(rows, np.zeros((len(rows), *self._counts.value_shape), self._counts.value_dtype))
 
 
-def load(
-    netns: PathLike | None = None, *, bpffs: PathLike = BPFFS, group: int | None = None, timeout: float = 10.0
-) -> list[Path]:
-    """Attach a dispatcher without bindings to a network namespace, by default the caller's.
-
-    group : gid whose members may read the state. Gives what was removed on the way: states of namespaces that have
-    ended, and of processes that were killed while they loaded one. StateError where one is loaded.
-    CAP_BPF and CAP_NET_ADMIN; CAP_SYS_ADMIN for another namespace than one's own.
-    """
-    root = pins.checked_root(Path(bpffs))
-    with contextlib.closing(Namespace.open(netns) if netns else Namespace.open()) as namespace:
-        directory = _directory(root, namespace.cookie)
-        with pins.locked(directory, exclusive=True, create=True, timeout=timeout):
-            if (directory / "link").exists():
-                raise StateError("a dispatcher is loaded in this network namespace already")
-            for entry in directory.iterdir():  # of a load that was killed
-                pins.remove(entry)
-            try:
-                if group is not None:
-                    os.chown(directory, -1, group)
-                _load(directory, namespace)
-            except BaseException:
-                pins.remove(directory)
-                raise
-    return [gone for gone in remnants(root.parent) if _remove_if_over(gone)]
-
-
-def _load(directory: Path, namespace: Namespace) -> None:
-    with bpf.packaged("lookup") as lookup:
-        lookup.maps["sockets"].max_entries = MEMBERS * MAX_DESTINATIONS
-        lookup.maps["counts"].max_entries = MAX_DESTINATIONS
-        generation = directory / "generation-1"
-        _build(generation, lookup, [], State.empty())
-        for name in ("sockets", "counts"):
-            pins.pin(lookup.maps[name], directory / name)
-        pins.point(directory / "current", generation.name)
-        try:
-            link = lookup.programs["lookup"].attach_netns(namespace.fd)
-        except BpfError as error:
-            if error.errno != E2BIG:
-                raise
-            raise StateError("64 sk_lookup programs are attached to this network namespace, the most there can be") from None
-        with link:
-            pins.pin(link, directory / "link")
-
-
-def unload(netns: PathLike | None = None, *, bpffs: PathLike = BPFFS, timeout: float = 10.0) -> None:
-    """Detach the dispatcher of a network namespace, and remove its state. StateError where none is loaded."""
-    root = pins.checked_root(Path(bpffs))
-    with contextlib.closing(Namespace.open(netns) if netns else Namespace.open()) as namespace:
-        directory = _directory(root, namespace.cookie)
-    try:
-        with pins.locked(directory, exclusive=True, timeout=timeout):
-            loaded = (directory / "link").exists()
-            pins.remove(directory / "link")  # detaches: first, so that no half of a state is ever in force
-            pins.remove(directory)
-    except FileNotFoundError:
-        loaded = False
-    if not loaded:
-        raise StateError("no dispatcher is loaded in this network namespace")
-
-
-def remnants(bpffs: PathLike = BPFFS) -> list[Path]:
-    """States that nothing will use again: their namespace has ended, or who loaded them was killed half-way."""
-    root = pins.checked_root(Path(bpffs))
-    found = []
-    for directory in sorted(root.glob("lookup-*")):
-        with contextlib.suppress(OSError), pins.locked(directory, exclusive=False, timeout=0):
-            if _over(directory):
-                found.append(directory)
-    return found
-
-
-def _remove_if_over(directory: Path) -> bool:
-    with contextlib.suppress(OSError), pins.locked(directory, exclusive=True, timeout=0):
-        if _over(directory):
-            pins.remove(directory)
-            return True
-    return False
-
-
-def _over(directory: Path) -> bool:
-    if not (directory / "link").exists():
-        return True
-    with Link.open(directory / "link") as link:
-        return link.info.netns_inode == 0
-
-
-def _directory(root: Path, cookie: int) -> Path:
+def directory_of(root: Path, cookie: int) -> Path:
+    """Where the state of the namespace with this cookie lies."""
     return root / f"lookup-{cookie}"
-
-
-def _digest() -> str:
-    """What tells this version's program from another's."""
-    return hashlib.sha256(bpf.compiled("lookup")).hexdigest()[:16]
-
-
-def _build(generation: Path, lookup: Object, bindings: Sequence[Binding], state: State) -> None:
-    """Compile and load a rule set, and pin it with its document; leaves nothing when it fails."""
-    compile_rules(bindings, state.numbers).load(lookup)
-    program = lookup.programs["lookup"]
-    state.version, state.program, state.tag = version("fastrecv"), _digest(), program.info.tag
-    pins.remove(generation)
-    generation.mkdir(pins.DIRECTORY_MODE)
-    try:
-        os.chown(generation, -1, generation.parent.stat().st_gid)
-        pins.pin(program, generation / "program")
-        pins.write_document(state.encode(), generation / "document")
-    except BaseException:
-        pins.remove(generation)
-        raise
-
-
-def _holds(generation: Path, program: int) -> bool:
-    """Whether this is the pinned program of a whole generation."""
-    if not ((generation / "program").exists() and (generation / "document").exists()):
-        return False
-    with Program.open(generation / "program") as pinned:
-        return pinned.info.id == program

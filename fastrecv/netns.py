@@ -64,12 +64,12 @@ class Namespace:
             os.close(home)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str] = _HERE) -> Self:
+    def open(cls, path: str | os.PathLike[str] | None = None) -> Self:
         """The namespace that a file of /proc/PID/ns/net or /run/netns stands for; by default the caller's own."""
         opened = cls.__new__(cls)
         opened._outside = threading.local()
         opened.fd = -1
-        opened.fd = os.open(path, os.O_RDONLY)
+        opened.fd = os.open(path or _HERE, os.O_RDONLY)
         return opened
 
     @property
@@ -97,6 +97,10 @@ class Namespace:
         outside = self._outside.stack.pop()
         _call("setns", outside, _CLONE_NEWNET)
         os.close(outside)
+
+    def settle(self) -> None:
+        """Move the calling thread, and those it will start, into the namespace for good. CAP_SYS_ADMIN."""
+        _call("setns", self.fd, _CLONE_NEWNET)
 
     def close(self) -> None:
         if self.fd >= 0:

@@ -19,7 +19,17 @@ import numpy as np
 from fastrecv.bpf import Map
 from fastrecv.errors import StateError
 
-__all__ = ["DIRECTORY_MODE", "checked_root", "locked", "pin", "point", "read_document", "remove", "write_document"]
+__all__ = [
+    "DIRECTORY_MODE",
+    "check_mounted",
+    "checked_root",
+    "locked",
+    "pin",
+    "point",
+    "read_document",
+    "remove",
+    "write_document",
+]
 
 DIRECTORY_MODE = 0o750
 _PIN_MODE = 0o640
@@ -37,6 +47,19 @@ def checked_root(bpffs: Path) -> Path:
 
     StateError where `bpffs` is no BPF file system, or the directory is a stranger's, who could lock everybody out.
     """
+    check_mounted(bpffs)
+    root = bpffs / "fastrecv"
+    with contextlib.suppress(FileExistsError, PermissionError):
+        root.mkdir(0o755)
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        owner = root.stat().st_uid
+        if owner not in (0, os.geteuid()):
+            raise StateError(f"{root} belongs to uid {owner}, who could keep everybody out: remove it")
+    return root
+
+
+def check_mounted(bpffs: Path) -> None:
+    """StateError where `bpffs` is not in a BPF file system."""
     try:
         device = os.stat(bpffs).st_dev  # noqa: PTH116 - st_dev is what mountinfo names
     except FileNotFoundError:
@@ -48,14 +71,6 @@ def checked_root(bpffs: Path) -> Path:
     }
     if kinds.get(number) != "bpf":
         raise StateError(f"{bpffs} is no BPF file system: mount -t bpf bpf {bpffs}")
-    root = bpffs / "fastrecv"
-    with contextlib.suppress(FileExistsError, PermissionError):
-        root.mkdir(0o755)
-    with contextlib.suppress(FileNotFoundError, PermissionError):
-        owner = root.stat().st_uid
-        if owner not in (0, os.geteuid()):
-            raise StateError(f"{root} belongs to uid {owner}, who could keep everybody out: remove it")
-    return root
 
 
 @contextlib.contextmanager
@@ -86,7 +101,7 @@ def locked(directory: Path, *, exclusive: bool, create: bool = False, timeout: f
 
 
 def _is(fd: int, directory: Path) -> bool:
-    """Whether the directory is still the one that was opened: it may have been removed while its lock was waited for."""
+    """Whether the directory is still the one that was opened: others may remove it while its lock is waited for."""
     try:
         return os.path.samestat(os.fstat(fd), directory.stat())
     except FileNotFoundError:

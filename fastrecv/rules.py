@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from itertools import pairwise
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,11 +162,10 @@ def _laid_out(layout: Layout, family: _Family, answers: list[_Answers]) -> NDArr
     sizes = np.array([len(each.prefixes) for each in kept])
     prefixes, starts = np.concatenate([each.prefixes for each in kept]), np.concatenate([each.starts for each in kept])
     high, low, length = family.high[prefixes], family.low[prefixes], family.length[prefixes]
-    if family.family == socket.AF_INET6:
-        return layout.add6(sizes, high, low, length, starts)[which]
-    if int((sizes > FEW).sum()) > MAX_TABLES:
+    if family.family == socket.AF_INET and np.count_nonzero(sizes > FEW) > MAX_TABLES:
         raise RuleSetError(f"more than {MAX_TABLES:,} sets of ports have more than {FEW} IPv4 prefixes each")
-    return layout.add4(sizes, high, length, starts)[which]
+    version = 4 if family.family == socket.AF_INET else 6
+    return layout.add(version, sizes, high, low, length, starts)[which]
 
 
 def _port_runs(ranges: Iterable[Ports]) -> Iterator[tuple[int, int, frozenset[Ports]]]:

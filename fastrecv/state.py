@@ -163,11 +163,9 @@ class State(msgspec.Struct, forbid_unknown_fields=True):
         """Number what bindings lead to, and keep what has sockets: the numbers in `registered`. Gives the new ones."""
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
         needed = destinations_of(bindings)
-        known, kept = self.numbers, {}
-        for destination, number in known.items():
-            if number in registered:
-                kept[destination] = number
-        kept |= {destination: known[destination] for destination in needed if destination in known}
+        known = self.numbers
+        kept = {name: number for name, number in known.items() if number in registered}
+        kept |= {name: known[name] for name in needed if name in known}
         used = set(kept.values())
         self.retired = self.retired | {number: now for number in known.values() if number not in used}
         new = self._give([destination for destination in needed if destination not in known], used, now)

@@ -73,3 +73,136 @@ def begins(*columns: NDArray[np.generic]) -> NDArray[np.bool_]:
     return found
 
 
+class Layout:
+    """The tables by address, and the way to them from `ports`."""
+
+    def __init__(self) -> None:
+        self.ports = np.zeros(4 * 65536, np.uint32)
+        self._first4 = np.zeros(0, np.uint32)
+        self._blocks4 = np.zeros((0, 256), np.uint32)
+        self._nodes = [np.zeros(0, NODE)]
+        self._size = 0  # of all nodes
+
+    def tables(self, rules: NDArray[np.void], *, conditions: bool) -> Tables:
+        nodes = np.concatenate(self._nodes)
+        return Tables(self.ports, self._first4.reshape(-1, 65536), self._blocks4, nodes, rules, conditions)
+
+    def add(
+        self, version: int, sizes: Numbers, high: _Halves, low: _Halves, length: Numbers, starts: _Words
+    ) -> NDArray[np.uint32]:
+        """Lay out all sets of prefixes that an IP version has: an entry of `ports` for each set.
+
+        sizes : the number of prefixes in each. high, low, length : the prefixes set after set, each set sorted by
+        address and length; IPv4 addresses at the upper end of the high half. starts : where the rules of each begin.
+        """
+        entries = np.zeros(len(sizes), np.uint32)
+        heads = np.cumsum(sizes) - sizes
+        answer = (sizes == 1) & (length[heads] == 0)
+        entries[answer] = _ANSWER | starts[heads[answer]]
+        table = (sizes > FEW) & (version == 4)
+        rows, number = _chosen(table, sizes)
+        if len(number):
+            self._paint(number << 32 | (high[rows] >> np.uint64(32)).astype(np.int64), length[rows], starts[rows])
+            entries[table] = _TABLE | np.arange(np.count_nonzero(table), dtype=np.uint32)
+        tree = ~answer & ~table
+        rows, number = _chosen(tree, sizes)
+        if len(number):
+            shift = np.uint64(32 if version == 4 else 0)
+            entries[tree] = _TREE | self._trees(number, high[rows], low[rows], length[rows], starts[rows], shift)
+        return entries
+
+    def _paint(self, address: Numbers, length: Numbers, starts: _Words) -> None:
+        """Tables of 16, 8 and 8 bits. address : sorted, the number of its table above its 32 bits."""
+        count = sum(np.count_nonzero(begins(address[length > depth] >> 32 - depth)) for depth in (16, 24))
+        self._first4 = np.zeros(int((address[-1] >> 32) + 1) << 16, np.uint32)
+        self._blocks4 = np.empty((count, 256), np.uint32)
+        table, used = self._first4, 0
+        for depth in (16, 24, 32):
+            for bits in np.unique(length[length <= depth]).tolist():  # shorter ones first: longer ones cover them
+                rows = length == bits
+                table.reshape(-1, 1 << depth - bits)[address[rows] >> 32 - bits] = starts[rows, None]
+            # The rest is painted into blocks, each made of the entry that now leads to it.
+            rows = length > depth
+            address, length, starts = address[rows], length[rows], starts[rows]
+            new = begins(address >> 32 - depth)
+            entries = address[new] >> 32 - depth
+            blocks = self._blocks4[used : used + len(entries)]
+            blocks[:] = table[entries, None]
+            table[entries] = _BLOCK | np.arange(used, used + len(entries), dtype=np.uint32)
+            table, used = blocks.reshape(-1), used + len(entries)
+            address = (np.cumsum(new) - 1) << 32 - depth | address & (1 << 32 - depth) - 1
+
+    def _trees(
+        self, tree: Numbers, high: _Halves, low: _Halves, length: Numbers, starts: _Words, shift: np.uint64
+    ) -> NDArray[np.uint32]:
+        """Trees over the high halves; where prefixes are longer than that, they lead on to ones over the low halves."""
+        of, keys, first, end = _intervals(tree, high, np.minimum(length, 64))
+        children = np.full(len(keys), _LEAF, np.uint32)
+        leaves = np.uint32(_LEAF) | starts
+        short, long = length <= 64, length > 64
+        _cover(children, first[short], end[short], length[short], leaves[short])
+        if long.any():
+            above, tree = np.unique(first[long], return_inverse=True)
+            low_of, low_keys, first, end = _intervals(tree, low[long], length[long] - 64)
+            below = children[above][low_of]
+            _cover(below, first, end, length[long], leaves[long])
+            children[above] = _LOW | self._grow(low_of, low_keys, below)
+        return self._grow(of, keys >> shift, children)
+
+    def _grow(self, tree: Numbers, keys: _Halves, children: _Words) -> NDArray[np.uint32]:
+        """Nodes over the intervals of trees 0, 1 and so on, level by level; the numbers of their roots."""
+        roots = np.zeros(int(tree[-1]) + 1, np.uint32)
+        kept = begins(tree, children)  # intervals side by side that lead to the same are one
+        tree, keys, children = tree[kept], keys[kept], children[kept]
+        while len(tree):
+            bounds = np.append(np.flatnonzero(begins(tree)), len(tree))
+            groups = -(-np.diff(bounds) // _FAN)
+            place = np.arange(groups.sum()) - np.repeat(np.cumsum(groups) - groups, groups)
+            slots = (np.repeat(bounds[:-1], groups) + _FAN * place)[:, None] + np.arange(_FAN)
+            last = np.repeat(bounds[1:] - 1, groups)[:, None]
+            # A node that is not full repeats its last child, behind keys that only the largest number reaches.
+            filled = np.minimum(slots, last)
+            level = np.zeros(len(slots), NODE)
+            level["key"] = np.where(slots <= last, keys[filled], ~np.uint64(0))[:, 1:]
+            level["child"] = children[filled]
+            self._nodes.append(level)
+            numbers = np.arange(self._size, self._size + len(level), dtype=np.uint32)
+            self._size += len(level)
+            tree, keys = tree[slots[:, 0]], keys[slots[:, 0]]
+            root = np.repeat(groups == 1, groups)
+            roots[tree[root]] = numbers[root]
+            tree, keys, children = tree[~root], keys[~root], numbers[~root]
+        return roots
+
+
+def _chosen(sets: NDArray[np.bool_], sizes: Numbers) -> tuple[NDArray[np.bool_], Numbers]:
+    """The rows of the chosen sets, and for each of these rows the number of its set among the chosen."""
+    return np.repeat(sets, sizes), np.repeat(np.arange(np.count_nonzero(sets)), sizes[sets])
+
+
+def _intervals(tree: Numbers, start: _Halves, length: Numbers) -> tuple[Numbers, _Halves, Numbers, Numbers]:
+    """Where in its tree a prefix of 64 bits begins or ends: tree and key of all intervals between, 0 always being one.
+
+    And for each prefix the first of its intervals and the one after its last.
+    """
+    trees, count = int(tree[-1]) + 1, len(tree)
+    stop = start + (np.uint64(1) << (64 - length).astype(np.uint64))  # 0 at the very end, for numpy also from 1 << 64
+    trees_of = np.concatenate([tree, tree, np.arange(trees)])
+    keys = np.concatenate([start, stop, np.zeros(trees, np.uint64)])
+    order = np.lexsort((keys, trees_of))
+    trees_of, keys = trees_of[order], keys[order]
+    new = begins(trees_of, keys)
+    interval = np.empty(len(order), np.int64)
+    interval[order] = np.cumsum(new) - 1
+    trees_of, keys = trees_of[new], keys[new]
+    end = np.where(stop == 0, np.searchsorted(trees_of, tree, "right"), interval[count : 2 * count])
+    return trees_of, keys, interval[:count], end
+
+
+def _cover(values: _Words, first: Numbers, end: Numbers, length: Numbers, value: _Words) -> None:
+    """Give intervals the value of the longest prefix that covers them."""
+    for bits in np.unique(length):
+        rows = length == bits  # which do not overlap
+        sizes = end[rows] - first[rows]
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        values[np.repeat(first[rows], sizes) + within] = np.repeat(value[rows], sizes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,14 +19,13 @@ import numpy as np
 
 from fastrecv.bench.floods import FIRST_SOURCE_PORT, PORT, Flood
 from fastrecv.bench.prefixes import draw
-from fastrecv.bpf import Program, packaged
+from fastrecv.bpf import Program, packaged, run_sk_lookup
+from fastrecv.listeners import cookie_of
 from fastrecv.rules import Binding, compile_rules, destinations_of
 
 __all__ = ["PROGRAMS", "Method", "selects"]
 
 _Open = Callable[[Flood, socket.socket, int, int], AbstractContextManager[Program]]
-
-_SO_COOKIE = 57  # include/uapi/asm-generic/socket.h
 
 
 @dataclass(frozen=True)
@@ -87,12 +85,6 @@ PROGRAMS = {
 
 def selects(program: Program, flood: Flood, sink: socket.socket) -> bool:
     """Whether the program, asked by BPF_PROG_TEST_RUN about a packet of the flood, assigns the sink."""
-    source, destination = ip_address(flood.source).packed, ip_address(flood.destination).packed
-    in4, in6 = (4, 0) if flood.family == socket.AF_INET else (0, 16)
-    context = struct.pack(  # struct bpf_sk_lookup, include/uapi/linux/bpf.h
-        "=QII4s16s2sH4s16sII4x", 0, flood.family, flood.protocol, source[:in4], source[:in6],
-        struct.pack("!H", FIRST_SOURCE_PORT), 0, destination[:in4], destination[:in6], PORT, 0,
-    )  # fmt: skip
-    after = program.run(context=context).context
-    (cookie,) = struct.unpack_from("=Q", after)
-    return bool(cookie == struct.unpack("=Q", sink.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0])
+    source, destination = ip_address(flood.source), ip_address(flood.destination)
+    _, cookie = run_sk_lookup(program, flood.protocol, (source, FIRST_SOURCE_PORT), (destination, PORT))
+    return cookie == cookie_of(sink)

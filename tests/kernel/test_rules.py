@@ -94,7 +94,10 @@ def expected(bindings: list[Binding], sockets: Sockets, packet: Packet) -> tuple
     if first.label is None:
         return SK_DROP, 0
     family = socket.AF_INET if to.version == 4 else socket.AF_INET6
-    return SK_PASS, cookie(sockets[first.label, family, PROTOCOLS[protocol]])
+    sock = sockets.get((first.label, family, PROTOCOLS[protocol]))
+    if sock is None:
+        return SK_PASS if first.on_miss == "pass" else SK_DROP, 0
+    return SK_PASS, cookie(sock)
 
 
 # Few addresses and ports, so that prefixes nest, ranges overlap and packets hit.
@@ -113,15 +116,33 @@ def prefixes(draw: st.DrawFn, version: int) -> Any:
 
 
 @st.composite
-def a_binding(draw: st.DrawFn) -> Binding:
+def a_binding(draw: st.DrawFn, conditional: bool = True) -> Binding:
     version = draw(st.sampled_from([4, 6]))
     first, last = sorted([draw(st.sampled_from(PORTS)), draw(st.sampled_from(PORTS))])
     ports = draw(st.sampled_from([(first, first), (first, last), (0, 65535)]))
     return Binding(
         draw(st.sampled_from(["tcp", "udp", "any"])), draw(prefixes(version)), ports,
-        draw(st.sampled_from(["a", "b", "c", None])),
-        draw(st.one_of(st.none(), prefixes(version))), draw(st.sampled_from([0, 0, 0, 1, 2])),
+        draw(st.sampled_from(["a", "b", "c", "nobody", None])),
+        draw(st.one_of(st.none(), prefixes(version))) if conditional else None,
+        draw(st.sampled_from([0, 0, 0, 1, 2])) if conditional else 0, draw(st.sampled_from(["drop", "pass"])),
     )  # fmt: skip
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> list[Binding]:
+    """Many prefixes of one version on the same ports, more than trees are made of for IPv4, and a few bindings more."""
+    version = draw(st.sampled_from([4, 6]))
+    nested = [ip_network((address, length), strict=False) for address in ADDRESSES[version]
+              for length in range(0, ADDRESSES[version][0].max_prefixlen + 1, 3)]  # fmt: skip
+    left_out = draw(st.integers(0, 6))
+    labels = draw(st.lists(st.sampled_from(["a", "b", "c", "nobody", None]), min_size=1, max_size=5))
+    misses: list[Any] = draw(st.lists(st.sampled_from(["drop", "pass"]), min_size=1, max_size=3))
+    crowd = [
+        Binding("any", network, (53, 443), labels[place % len(labels)], on_miss=misses[place % len(misses)])
+        for place, network in enumerate(dict.fromkeys(nested))
+        if place % 7 != left_out
+    ]
+    return crowd + draw(st.lists(a_binding(conditional=draw(st.booleans())), max_size=6))
 
 
 @st.composite
@@ -130,7 +151,10 @@ def a_packet(draw: st.DrawFn) -> Packet:
     return draw(st.sampled_from(["tcp", "udp"])), draw(near), draw(near), draw(st.sampled_from([*PORTS, 54]))
 
 
-@given(bindings=st.lists(a_binding(), max_size=25), packets=st.lists(a_packet(), min_size=10, max_size=10))
+@given(
+    bindings=st.lists(a_binding(), max_size=25) | st.lists(a_binding(conditional=False), max_size=25) | crowds(),
+    packets=st.lists(a_packet(), min_size=10, max_size=10),
+)
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 def test_the_kernel_decides_as_documented(sockets: Sockets, bindings: list[Binding], packets: list[Packet]) -> None:
     unique = {(b.protocol, b.prefix, b.ports, b.source, b.interface): b for b in bindings}

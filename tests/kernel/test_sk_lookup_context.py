@@ -186,8 +186,8 @@ def test_all_programs_run_a_selected_socket_outweighs_a_drop_and_a_drop_a_pass(
 
 # struct bpf_sk_lookup of include/uapi/linux/bpf.h from `family` to the end of `ingress_ifindex`
 BEGIN, END = 8, 68
-# Linux keeps family, protocol and local_port in 16 bits; up to 6.18 at least a load of the upper half gives the lower
-# half, and its own test of the hook does not look there: neither does this one.
+# Linux 6.18 answers a 2-byte load of the upper half of family, protocol or local_port with the lower half, where 0 is
+# due: these three halves are not compared.
 REPEATED = [(offset + 2 - BEGIN) // 2 for offset in (8, 12, 60)]
 NARROW = """
 #include <linux/bpf.h>

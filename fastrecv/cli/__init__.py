@@ -1,0 +1,1 @@
+"""The `fastrecv` command: nouns read, verbs change."""

@@ -1,0 +1,134 @@
+"""What the commands take: words that make sense, or a usage error that says which would."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from fastrecv import ruletext
+from fastrecv.lookup import BPFFS, Dispatcher
+from fastrecv.netns import Namespace
+from fastrecv.rules import RuleSetError
+from fastrecv.state import DROP, check_label
+
+__all__ = ["ADDRESS", "ENDPOINT", "LABEL", "PORTS", "PREFIX", "PROCESS", "entered", "place"]
+
+Address = IPv4Address | IPv6Address
+
+
+class _Label(click.ParamType[str]):
+    name = "label"
+
+    def __init__(self, verdict: bool) -> None:
+        self.verdict = verdict
+
+    def convert(self, value: str, param: click.Parameter | None, context: click.Context | None) -> str:
+        if not (self.verdict and value == DROP):
+            try:
+                check_label(value)
+            except RuleSetError as error:
+                self.fail(str(error), param, context)
+        return value
+
+    def shell_complete(self, context: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The labels of what is loaded, as far as the user may read it."""
+        netns, bpffs = context.params.get("netns"), context.params.get("bpffs") or BPFFS
+        labels: set[str] = set()
+        with contextlib.suppress(OSError), Dispatcher(netns, bpffs=bpffs, read_only=True, timeout=0) as dispatcher:
+            named = [row.label for row in dispatcher.state.rows] + [name for name, *_ in dispatcher.state.destinations]
+            labels.update(label for label in named if label is not None and label.startswith(incomplete))
+        return [CompletionItem(label) for label in sorted(labels)]
+
+
+class _Words(click.ParamType[Any]):
+    """A word that one function understands, and refuses by RuleSetError."""
+
+    def __init__(self, name: str, read: Callable[[str], Any]) -> None:
+        self.name, self._read = name, read
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._read(value)
+        except RuleSetError as error:
+            self.fail(str(error), param, context)
+
+
+def _address(word: str) -> Address:
+    try:
+        return ip_address(word)
+    except ValueError:
+        raise RuleSetError(f"{word!r} is no IP address") from None
+
+
+_WITH_PORT = re.compile(r"\[(?P<six>[^\]]+)\](:(?P<port6>[0-9]{1,5}))?|(?P<four>[0-9.]+)(:(?P<port4>[0-9]{1,5}))?")
+
+
+def _endpoint(word: str) -> tuple[Address, int]:
+    """Address and port, 0 where none is given: 192.0.2.1:80, [2001:db8::1]:80, or an address alone."""
+    match = _WITH_PORT.fullmatch(word)
+    if match is None:
+        return _address(word), 0
+    port = int(match["port6"] or match["port4"] or 0)
+    if port > 65535:
+        raise RuleSetError(f"{word!r} has no port from 1 to 65535")
+    return _address(match["six"] or match["four"]), port
+
+
+def _process(word: str) -> int:
+    """A process id, or the path of a file that holds one."""
+    try:
+        text = word if word.isdecimal() else Path(word).read_text().strip()
+    except OSError as error:
+        raise RuleSetError(f"{word!r} is no process id, nor a file that holds one: {error.strerror}") from None
+    if not text.isdecimal() or int(text) < 1:
+        raise RuleSetError(f"{word!r} holds no process id")
+    return int(text)
+
+
+LABEL = _Label(verdict=False)
+LABEL_OR_DROP = _Label(verdict=True)
+PREFIX: click.ParamType[IPv4Network | IPv6Network] = _Words("prefix", ruletext.prefix)
+PORTS: click.ParamType[tuple[int, int]] = _Words("port", ruletext.ports)
+ADDRESS: click.ParamType[Address] = _Words("address", _address)
+ENDPOINT: click.ParamType[tuple[Address, int]] = _Words("address:port", _endpoint)
+PROCESS: click.ParamType[int] = _Words("process", _process)
+
+
+def place(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say which dispatcher is meant."""
+    netns = click.option("--netns", type=click.Path(exists=True, dir_okay=False), metavar="PATH",
+                         help="Network namespace: /run/netns/NAME, /proc/PID/ns/net.  [default: this one]")  # fmt: skip
+    bpffs = click.option("--bpffs", type=click.Path(path_type=Path), default=BPFFS, show_default=True, metavar="PATH",
+                         help="Where a BPF file system is mounted.")  # fmt: skip
+    return netns(bpffs(command))
+
+
+@contextlib.contextmanager
+def entered(netns: str | None) -> Any:
+    """Inside the namespace that was named: interfaces have their names there."""
+    if netns is None:
+        yield
+        return
+    with contextlib.closing(Namespace.open(netns)) as namespace, namespace:
+        yield
+
+
+def settle(netns: str | None) -> None:
+    """Go into the namespace that was named, for good: what serves needs no privilege to come back."""
+    if netns is not None:
+        with contextlib.closing(Namespace.open(netns)) as namespace:
+            namespace.settle()
+
+
+def family_of(word: str | None) -> int | None:
+    return {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6, None: None}[word]

@@ -1,0 +1,310 @@
+"""`fastrecv lookup`: the verbs, which change what is loaded. The nouns are in lookup_reads."""
+
+from __future__ import annotations
+
+import grp
+import pwd
+import signal
+import socket
+import threading
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from pathlib import Path
+from types import FrameType
+from typing import Literal, NoReturn
+
+import click
+
+from fastrecv import handover, listeners, lookup_life, privileges, ruletext
+from fastrecv.cli import lookup_reads
+from fastrecv.cli.arguments import (
+    ADDRESS,
+    LABEL,
+    LABEL_OR_DROP,
+    PORTS,
+    PREFIX,
+    PROCESS,
+    entered,
+    family_of,
+    place,
+    settle,
+)
+from fastrecv.lookup import Dispatcher
+from fastrecv.rules import Binding, Destination
+from fastrecv.state import Change
+
+__all__ = ["lookup"]
+
+_SHOWN = 20  # lines of what a file added and removed
+
+Network = IPv4Network | IPv6Network
+
+
+@click.group()
+def lookup() -> None:
+    """Steer by destination: protocol, prefix and port decide which service gets a packet.
+
+    Nouns read: status, bindings, metrics, explain. Verbs change. What is loaded stays, without a process, until it is
+    unloaded, in a BPF file system.
+
+    A binding leads packets to a label, sockets are registered for a label. The binding that applies to a packet is the
+    one with the longest prefix, then the narrowest range of ports, then the longest source prefix, then one that names
+    the interface, then one that names the protocol.
+    """
+
+
+for _noun in lookup_reads.COMMANDS:
+    lookup.add_command(_noun)
+
+
+def _group(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    try:
+        return int(value) if value.isdecimal() else grp.getgrnam(value).gr_gid
+    except KeyError:
+        raise click.BadParameter(f"there is no group {value!r}") from None
+
+
+@lookup.command()
+@click.option("--group", callback=_group, help="Members of this group may read the state.")
+@place
+def load(group: int | None, netns: str | None, bpffs: Path) -> None:
+    """Attach a dispatcher without bindings to a network namespace."""
+    for gone in lookup_life.load(netns, bpffs=bpffs, group=group):
+        click.echo(f"removed {gone}: its namespace has ended, or its load was killed")
+    click.echo("loaded")
+
+
+@lookup.command()
+@place
+def unload(netns: str | None, bpffs: Path) -> None:
+    """Detach the dispatcher, and forget all bindings and sockets. Established connections go on."""
+    lookup_life.unload(netns, bpffs=bpffs)
+    click.echo("unloaded")
+
+
+@lookup.command()
+@place
+def upgrade(netns: str | None, bpffs: Path) -> None:
+    """Replace the attached program by this version's; bindings, sockets and counters stay, no packet is lost."""
+    with Dispatcher(netns, bpffs=bpffs, adopt=True) as dispatcher:
+        before = dispatcher.state
+        dispatcher.upgrade()
+        after = dispatcher.state
+    click.echo(f"upgraded from {before.tag} (fastrecv {before.version}) to {after.tag} (fastrecv {after.version})")
+
+
+def _binding_arguments(command: click.decorators.FC) -> click.decorators.FC:
+    for option in (
+        click.option("--interface", metavar="NAME", help="Only packets that come in by this interface."),
+        click.option("--source", type=PREFIX, help="Only packets from this prefix."),
+        click.argument("ports", type=PORTS, metavar="PORT"),
+        click.argument("prefix", type=PREFIX),
+        click.argument("protocol", type=click.Choice(["tcp", "udp", "any"])),
+        click.argument("label", type=LABEL_OR_DROP),
+    ):
+        command = option(command)
+    return command
+
+
+def _binding(
+    label: str, protocol: Literal["tcp", "udp", "any"], prefix: Network, ports: tuple[int, int], source: Network | None,
+    interface: str | None, netns: str | None, on_miss: Literal["drop", "pass"] = "drop",
+) -> Binding:  # fmt: skip
+    with entered(netns):
+        return ruletext.binding(label, protocol, prefix, ports, source, interface, on_miss)
+
+
+@lookup.command()
+@_binding_arguments
+@click.option("--on-miss", type=click.Choice(["drop", "pass"]), default="drop", show_default=True,
+              help="While the label has no socket: drop, or pass to the ordinary lookup.")  # fmt: skip
+@place
+def bind(
+    label: str, protocol: Literal["tcp", "udp", "any"], prefix: Network, ports: tuple[int, int], source: Network | None,
+    interface: str | None, on_miss: Literal["drop", "pass"], netns: str | None, bpffs: Path,
+) -> None:  # fmt: skip
+    r"""Bind a prefix and a port (80, 8000-8999, any) to a label; the label "drop" drops.
+
+    \b
+    fastrecv lookup bind web tcp 192.0.2.0/24 80
+    fastrecv lookup bind proxy any 2001:db8::1 any
+    fastrecv lookup bind drop udp 192.0.2.0/24 any --source 203.0.113.0/24
+    """
+    bound = _binding(label, protocol, prefix, ports, source, interface, netns, on_miss)
+    with Dispatcher(netns, bpffs=bpffs) as dispatcher:
+        change = dispatcher.bind(bound)
+    for gone in change.removed:
+        click.echo(f"unbound {ruletext.text(gone)}")
+    click.echo(f"{'bound' if change.added else 'was bound already:'} {ruletext.text(bound)}")
+
+
+@lookup.command()
+@_binding_arguments
+@place
+def unbind(
+    label: str, protocol: Literal["tcp", "udp", "any"], prefix: Network, ports: tuple[int, int], source: Network | None,
+    interface: str | None, netns: str | None, bpffs: Path,
+) -> None:  # fmt: skip
+    """Remove one binding; its arguments are those it was bound with."""
+    bound = _binding(label, protocol, prefix, ports, source, interface, netns)
+    with Dispatcher(netns, bpffs=bpffs) as dispatcher:
+        dispatcher.unbind(bound)
+    click.echo(f"unbound {ruletext.text(bound)}")
+
+
+@lookup.command("load-bindings")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Say what would be added and removed, and change nothing.")
+@place
+def load_bindings(file: Path, dry_run: bool, netns: str | None, bpffs: Path) -> None:
+    r"""Put the bindings of a JSON or TOML file in the place of all that are there, in one step.
+
+    \b
+    [[bindings]]
+    label = "web"        # "drop" drops
+    protocol = "tcp"     # udp, any
+    prefix = "192.0.2.0/24"
+    port = 80            # "8000-8999", "any"
+    source, interface, on_miss: as for bind
+    """
+    with entered(netns):
+        bindings = ruletext.read_file(file)
+    with Dispatcher(netns, bpffs=bpffs, read_only=dry_run) as dispatcher:
+        change = dispatcher.compare(bindings) if dry_run else dispatcher.replace_bindings(bindings)
+    _tell(change)
+    would = "would be " if dry_run else ""
+    click.echo(
+        f"{len(change.added):,} {would}added, {len(change.removed):,} {would}removed, {len(bindings):,} in the file"
+    )
+
+
+def _tell(change: Change) -> None:
+    for sign, bindings in (("-", change.removed), ("+", change.added)):
+        for bound in bindings[:_SHOWN]:
+            click.echo(f"{sign} {ruletext.text(bound)}")
+        if len(bindings) > _SHOWN:
+            click.echo(f"{sign} and {len(bindings) - _SHOWN:,} more")
+
+
+def _registered(destinations: Iterable[Destination]) -> str:
+    return ", ".join(
+        f"{name.label} {lookup_reads.family_name(name.family)} {listeners.PROTOCOL_NAMES[name.protocol]}"
+        for name in destinations
+    )
+
+
+@lookup.command()
+@click.argument("label", type=LABEL, required=False)
+@click.option(
+    "--fd", "descriptors", type=click.IntRange(0), multiple=True, help="An inherited descriptor; again for more."
+)
+@click.option("--to", "server", type=click.Path(path_type=Path), metavar="PATH",
+              help="Hand the sockets to `fastrecv lookup serve PATH`, which needs no privilege.")  # fmt: skip
+@click.option("--add", is_flag=True, help="Keep the sockets that are registered.")
+@place
+def register(
+    label: str | None, descriptors: Sequence[int], server: Path | None, add: bool, netns: str | None, bpffs: Path
+) -> None:
+    """Register inherited sockets for a label: those of --fd, else those that systemd has passed (LISTEN_FDS).
+
+    Without LABEL, systemd's names of the sockets are the labels (FileDescriptorName=).
+    """
+    if add and server:
+        raise click.UsageError("--add cannot be handed over: the server replaces what the label had")
+    passed = [(label or "", fd) for fd in descriptors] or [(label or name, fd) for name, fd in listeners.from_systemd()]
+    if not passed:
+        raise click.UsageError("no socket: give --fd, or run as a systemd service with a .socket unit")
+    if descriptors and label is None:
+        raise click.UsageError("descriptors have no names: give a label")
+    for name in dict.fromkeys(name for name, _ in passed):
+        with listeners.of_descriptors(fd for other, fd in passed if other == name) as sockets:
+            if server is not None:
+                click.echo(f"registered {handover.hand_over(server, name, sockets)}")
+                continue
+            with Dispatcher(netns, bpffs=bpffs) as dispatcher:
+                click.echo(f"registered {_registered(dispatcher.register(name, sockets, add=add))}")
+
+
+@lookup.command("register-pid")
+@click.argument("process", type=PROCESS, metavar="PID")
+@click.argument("label", type=LABEL)
+@click.argument("protocol", type=click.Choice(["tcp", "udp"]))
+@click.argument("address", type=ADDRESS)
+@click.argument("port", type=click.IntRange(1, 65535))
+@click.option("--add", is_flag=True, help="Keep the sockets that are registered.")
+@place
+def register_pid(
+    process: int, label: str, protocol: str, address: IPv4Address | IPv6Address, port: int, add: bool,
+    netns: str | None, bpffs: Path,
+) -> None:  # fmt: skip
+    """Register the sockets that a running process has bound to ADDRESS and PORT; PID may be the path of a pid file.
+
+    All members of a reuseport group that the process holds count as one. The process need know nothing of it. Register
+    again when it has opened its sockets anew.
+    """
+    with (
+        Dispatcher(netns, bpffs=bpffs) as dispatcher,
+        listeners.of_process(process, listeners.PROTOCOLS[protocol], address, port) as sockets,
+    ):
+        found = dispatcher.register(label, sockets, add=add)
+    click.echo(f"registered {_registered(found)}")
+
+
+@lookup.command()
+@click.argument("label", type=LABEL)
+@click.option("--family", type=click.Choice(["ipv4", "ipv6"]), help="Only those for packets of this family.")
+@click.option("--protocol", type=click.Choice(["tcp", "udp"]), help="Only those of this protocol.")
+@place
+def unregister(label: str, family: str | None, protocol: str | None, netns: str | None, bpffs: Path) -> None:
+    """Forget the sockets of a label. Its bindings stay, and miss."""
+    with Dispatcher(netns, bpffs=bpffs) as dispatcher:
+        gone = dispatcher.unregister(label, family_of(family), listeners.PROTOCOLS.get(protocol or ""))
+    click.echo(f"unregistered {_registered(gone)}")
+
+
+def _owners(_context: click.Context, _parameter: click.Parameter, value: Sequence[str]) -> dict[str, set[int]]:
+    owners: dict[str, set[int]] = {}
+    for word in value:
+        label, equals, user = word.rpartition("=")
+        if not equals:
+            raise click.BadParameter(f"{word!r}: give LABEL=USER")
+        LABEL.convert(label, None, None)
+        try:
+            uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+        except KeyError:
+            raise click.BadParameter(f"there is no user {user!r}") from None
+        owners.setdefault(label, set()).add(uid)
+    return owners
+
+
+@lookup.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--owner", "owners", multiple=True, callback=_owners, metavar="LABEL=USER",
+              help="Who may register for a label; again for more. Root may for all.")  # fmt: skip
+@place
+def serve(path: Path, owners: dict[str, set[int]], netns: str | None, bpffs: Path) -> None:
+    """Take sockets from local processes without privileges, at the AF_UNIX socket PATH (`register --to PATH`).
+
+    Who the peer is, says the kernel (SO_PEERCRED). Keeps CAP_BPF and no other capability.
+    """
+    one_at_a_time = threading.Lock()
+
+    def take(label: str, sockets: list[socket.socket]) -> str:
+        with one_at_a_time, Dispatcher(bpffs=bpffs) as dispatcher:
+            return _registered(dispatcher.register(label, sockets))
+
+    with handover.Server(path, owners, take, click.echo) as server:
+        signal.signal(signal.SIGTERM, _stop)
+        settle(netns)
+        privileges.keep_only(privileges.CAP_BPF)
+        click.echo(f"serving {path}")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            click.echo("stopped")
+
+
+def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,78 @@
+"""What a dispatcher counts, as Prometheus metrics."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from importlib.metadata import version
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from fastrecv.errors import NotSupported, StateError
+from fastrecv.listeners import PROTOCOL_NAMES
+from fastrecv.lookup import BPFFS, Dispatcher
+
+__all__ = ["DispatcherCollector", "text"]
+
+_NAMES = ("label", "family", "protocol")
+_ERRORS = ("unfit", "family", "taken", "other")
+
+
+class DispatcherCollector(Collector):
+    """Reads the dispatcher of a namespace anew at every scrape; needs no more than its group's permissions."""
+
+    def __init__(self, netns: str | None = None, bpffs: str | os.PathLike[str] = BPFFS) -> None:
+        self._netns, self._bpffs = netns, bpffs
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())  # so that registering it does not collect
+
+    def collect(self) -> Iterator[Metric]:
+        build = GaugeMetricFamily("fastrecv_build_info", "The version of fastrecv.", labels=["version"])
+        build.add_metric([version("fastrecv")], 1)
+        yield build
+        up = GaugeMetricFamily("fastrecv_lookup_up", "Whether a dispatcher is loaded and could be read.")
+        try:
+            with Dispatcher(self._netns, bpffs=self._bpffs, read_only=True) as dispatcher:
+                families = list(_families(dispatcher))
+        except (StateError, NotSupported, PermissionError):
+            up.add_metric([], 0)
+            yield up
+            return
+        up.add_metric([], 1)
+        yield up
+        yield from families
+
+
+def _families(dispatcher: Dispatcher) -> Iterator[Metric]:
+    bindings = GaugeMetricFamily("fastrecv_lookup_bindings", "Bindings in force.")
+    bindings.add_metric([], len(dispatcher.state.rows))
+    lookups = CounterMetricFamily("fastrecv_lookup_lookups", "Packets that a binding took.", labels=_NAMES)
+    misses = CounterMetricFamily(
+        "fastrecv_lookup_misses", "Packets that a binding took whose label had no socket.", labels=_NAMES
+    )
+    errors = CounterMetricFamily(
+        "fastrecv_lookup_errors", "Packets whose sockets the kernel refused.", labels=(*_NAMES, "reason")
+    )
+    sockets = GaugeMetricFamily("fastrecv_lookup_sockets", "Sockets registered.", labels=_NAMES)
+    for name, _, members, counters in dispatcher.serving():
+        family = "ipv4" if name.family == socket.AF_INET else "ipv6"
+        labels = [name.label or "drop", family, PROTOCOL_NAMES[name.protocol]]
+        lookups.add_metric(labels, counters["lookups"])
+        if name.label is None:
+            continue
+        misses.add_metric(labels, counters["misses"])
+        sockets.add_metric(labels, len(members))
+        for reason in _ERRORS:
+            errors.add_metric([*labels, reason], counters[reason])
+    yield from (bindings, lookups, misses, errors, sockets)
+
+
+def text(collector: Collector) -> str:
+    """The metrics of one collector in Prometheus' text format."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return generate_latest(registry).decode()

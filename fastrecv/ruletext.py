@@ -1,0 +1,148 @@
+"""Bindings as people write them: words of a command line, entries of a JSON or TOML file; and back."""
+
+from __future__ import annotations
+
+import socket
+import tomllib
+from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Network, ip_interface, ip_network
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from fastrecv.rules import Binding, RuleSetError
+from fastrecv.state import DROP
+
+__all__ = ["Protocol", "binding", "dumped", "interface_name", "ports", "ports_text", "prefix", "read_file", "text"]
+
+Protocol = Literal["tcp", "udp", "any"]
+Network = IPv4Network | IPv6Network
+_ANY_PORT = (0, 65535)
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A binding in a file."""
+
+    label: str
+    protocol: Protocol
+    prefix: str
+    port: int | str
+    source: str | None = None
+    interface: int | str | None = None
+    on_miss: Literal["drop", "pass"] = "drop"
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    bindings: list[_Entry]
+
+
+def prefix(word: str) -> IPv4Network | IPv6Network:
+    """192.0.2.0/24, or one address. RuleSetError with what is meant where an address inside the prefix is given."""
+    try:
+        found = ip_network(word)
+    except ValueError:
+        try:
+            meant = ip_interface(word).network
+        except ValueError:
+            raise RuleSetError(f"{word!r} is no prefix: give one like 192.0.2.0/24 or 2001:db8::/32") from None
+        raise RuleSetError(f"{word!r} has bits below its prefix: {meant} is the prefix") from None
+    if isinstance(found, IPv6Network) and found.network_address.ipv4_mapped is not None and found.prefixlen >= 96:
+        meant4 = IPv4Network((int(found.network_address) & 0xFFFFFFFF, found.prefixlen - 96))
+        raise RuleSetError(f"{word!r}: packets come with IPv4 addresses, bind {meant4}")
+    return found
+
+
+def ports(word: str | int) -> tuple[int, int]:
+    """80, 8000-8999 or any."""
+    if word == "any":
+        return _ANY_PORT
+    first, dash, last = str(word).partition("-")
+    if first.isdecimal() and (last.isdecimal() if dash else True) and len(first + last) < 12:
+        found = int(first), int(last or first)
+        if found[0] <= found[1] <= 65535 and found != (0, 0):
+            return found
+    raise RuleSetError(f"{word!r} is no port: give one from 1 to 65535, a range like 8000-8999, or any")
+
+
+def interface_index(word: str | int) -> int:
+    """The index of an interface of the calling thread's namespace, by its name or itself."""
+    if isinstance(word, int) or word.isdecimal():
+        if 0 < int(word) < 1 << 31:
+            return int(word)
+    else:
+        try:
+            return socket.if_nametoindex(word)
+        except OSError:
+            pass
+    raise RuleSetError(f"there is no interface {word!r}: give its name or index")
+
+
+def interface_name(index: int) -> str:
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return str(index)
+
+
+def binding(
+    label: str, protocol: Protocol, prefix: Network, ports: tuple[int, int], source: Network | None,
+    interface: str | int | None, on_miss: Literal["drop", "pass"],
+) -> Binding:  # fmt: skip
+    """A binding whose label may be the verdict "drop", and whose interface is one of the calling thread's namespace."""
+    return Binding(protocol, prefix, ports, None if label == DROP else label, source,
+                   0 if interface is None else interface_index(interface), on_miss)  # fmt: skip
+
+
+def read_file(path: Path) -> list[Binding]:
+    """The bindings of a JSON or (*.toml) TOML file. RuleSetError says which entry is wrong and how."""
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".toml":
+            content = msgspec.convert(tomllib.loads(data.decode()), _File)
+        else:
+            content = msgspec.json.decode(data, type=_File)
+    except (msgspec.DecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RuleSetError(f"{path}: {error}") from None
+    found = []
+    for number, entry in enumerate(content.bindings):
+        try:
+            source = None if entry.source is None else prefix(entry.source)
+            found.append(binding(entry.label, entry.protocol, prefix(entry.prefix), ports(entry.port), source,
+                                 entry.interface, entry.on_miss))  # fmt: skip
+        except RuleSetError as error:
+            raise RuleSetError(f"{path}, bindings[{number}]: {error}") from None
+    return found
+
+
+def ports_text(found: tuple[int, int]) -> str:
+    first, last = found
+    return "any" if found == _ANY_PORT else str(first) if first == last else f"{first}-{last}"
+
+
+def text(bound: Binding) -> str:
+    """A binding in the words that `bind` takes."""
+    words = [bound.label or DROP, bound.protocol, str(bound.prefix), ports_text(bound.ports)]
+    if bound.source is not None:
+        words += ["--source", str(bound.source)]
+    if bound.interface:
+        words += ["--interface", interface_name(bound.interface)]
+    if bound.on_miss == "pass":
+        words += ["--on-miss", "pass"]
+    return " ".join(words)
+
+
+def dumped(bindings: Iterable[Binding]) -> dict[str, object]:
+    """Bindings as `read_file` reads them."""
+    entries = [
+        _Entry(
+            bound.label or DROP, bound.protocol, str(bound.prefix),
+            bound.ports[0] if bound.ports[0] == bound.ports[1] else ports_text(bound.ports),
+            None if bound.source is None else str(bound.source),
+            interface_name(bound.interface) if bound.interface else None, bound.on_miss,
+        )
+        for bound in bindings
+    ]  # fmt: skip
+    built = msgspec.to_builtins(_File(entries))
+    assert isinstance(built, dict)
+    return built
