@@ -174,7 +174,7 @@ FEATURES = {
         Feature("sk_lookup programs", (5, 9), "CAP_BPF and CAP_NET_ADMIN", _sk_lookup),
         Feature("the dispatcher's program", (5, 17), "CAP_BPF and CAP_NET_ADMIN", _dispatcher),
         Feature("a BPF file system at /sys/fs/bpf", (4, 4), "", _bpffs),
-        Feature("sockets of other processes", (5, 6), "CAP_SYS_PTRACE", _foreign_sockets),
+        Feature("sockets of other processes", (5, 6), "CAP_SYS_PTRACE for those of other users", _foreign_sockets),
         Feature("UDP sockets in a SOCKMAP", (5, 7), "CAP_BPF and CAP_NET_ADMIN", _sockmap),
         Feature("live frames in BPF_PROG_RUN", (5, 18), "CAP_BPF and CAP_NET_ADMIN", _live_frames),
         Feature("enumeration of BPF links", (5, 8), "CAP_SYS_ADMIN", _bpf_enumeration),

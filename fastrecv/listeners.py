@@ -7,6 +7,8 @@ import ctypes
 import os
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from errno import EACCES, EBADF, ENOTSOCK, EPERM, ESRCH
 from ipaddress import IPv4Address, IPv6Address
@@ -226,14 +228,16 @@ def _sockets_of(pid: int) -> list[int]:
 
 
 def check_tracing() -> None:
-    """PermissionError where the sockets of others' processes are out of reach."""
-    process = os.pidfd_open(1)
-    try:
-        copy = _copied(process, 0)
-    finally:
-        os.close(process)
-    if copy is not None:
-        copy.close()
+    """PermissionError where the sockets even of one's own child are out of reach."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        process = os.pidfd_open(child.pid)
+        try:
+            copy = _copied(process, 0)
+        finally:
+            os.close(process)
+            child.kill()
+        if copy is not None:
+            copy.close()
 
 
 def _copied(process: int, fd: int) -> socket.socket | None:

@@ -28,13 +28,13 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from fastrecv import bpf, generations, listeners, pins
+from fastrecv import bpf, generations, listeners, pins, ruletext
 from fastrecv.bpf import Link, LinkInfo, Map, Program
 from fastrecv.errors import BpfError, StateError
 from fastrecv.members import Members
 from fastrecv.netns import Namespace
 from fastrecv.rules import Binding, Destination, compile_rules
-from fastrecv.state import Change, State, check_label, key_of
+from fastrecv.state import DROP, Change, State, check_label, key_of
 
 __all__ = ["BPFFS", "COUNTERS", "Dispatcher", "PathLike", "Serving", "directory_of"]
 
@@ -246,9 +246,9 @@ class Dispatcher:
         for binding in bindings:
             key = key_of(binding)
             if key not in present:
-                raise StateError(f"{binding} is not bound")
+                raise StateError(f"not bound: {ruletext.text(binding)}")
             if present[key] != binding.label:
-                raise StateError(f"{binding} is not bound: there it leads to {present[key] or 'drop'}")
+                raise StateError(f"not bound: {ruletext.text(binding)}; there it leads to {present[key] or DROP}")
         named = {key_of(binding) for binding in bindings}
         return self.replace_bindings([row.binding for row in self.state.rows if row.key not in named])
 

@@ -35,11 +35,11 @@ __all__ = [
 Network = IPv4Network | IPv6Network
 Ports = tuple[int, int]  # first and last
 
-MEMBERS = 4  # MEMBERS of lookup.bpf.c: sockets kept of a destination
-MAX_ALTERNATIVES = 32  # CONDITIONS of lookup.bpf.c
+MEMBERS = 4  # MEMBERS of lookup.h: sockets kept of a destination
+MAX_ALTERNATIVES = 32  # CONDITIONS of lookup.h
 MAX_EXPANDED = 4_000_000  # bindings, each counted once for every set of ports that is treated alike
 MAX_TABLES = 1024  # IPv4 tables of 256 KiB: sets of ports with more than a few prefixes
-_LAST, _DROP, _PASS = 1, 2, 4  # flags of a rule in lookup.bpf.c
+_LAST, _DROP, _PASS = 1, 2, 4  # flags of a rule in lookup.h
 _PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 
 
@@ -116,8 +116,8 @@ def compile_rules(bindings: Sequence[Binding], destinations: Mapping[Destination
     MEMBERS places from n * MEMBERS on in the map `sockets`.
     """
     families = [
-        _Family(family, chosen)
-        for family, version in ((socket.AF_INET, 4), (socket.AF_INET6, 6))
+        _Family(version, chosen)
+        for version in (4, 6)
         if (chosen := [binding for binding in bindings if binding.prefix.version == version])
     ]
     rules, layout, expanded = _Rules(destinations), Layout(), 0
@@ -125,7 +125,7 @@ def compile_rules(bindings: Sequence[Binding], destinations: Mapping[Destination
         answers: list[_Answers] = []
         runs: list[tuple[int, int, int]] = []  # first and last of `ports`, and the place of their answers
         for second, (name, protocol) in enumerate(_PROTOCOLS.items()):
-            start = ((family.family == socket.AF_INET6) << 17) + (second << 16)
+            start = ((family.version == 6) << 17) + (second << 16)
             members = family.by_ports(name)
             known: dict[frozenset[Ports], int] = {}
             sets: list[Numbers] = []
@@ -162,10 +162,9 @@ def _laid_out(layout: Layout, family: _Family, answers: list[_Answers]) -> NDArr
     sizes = np.array([len(each.prefixes) for each in kept])
     prefixes, starts = np.concatenate([each.prefixes for each in kept]), np.concatenate([each.starts for each in kept])
     high, low, length = family.high[prefixes], family.low[prefixes], family.length[prefixes]
-    if family.family == socket.AF_INET and np.count_nonzero(sizes > FEW) > MAX_TABLES:
+    if family.version == 4 and np.count_nonzero(sizes > FEW) > MAX_TABLES:
         raise RuleSetError(f"more than {MAX_TABLES:,} sets of ports have more than {FEW} IPv4 prefixes each")
-    version = 4 if family.family == socket.AF_INET else 6
-    return layout.add(version, sizes, high, low, length, starts)[which]
+    return layout.add(family.version, sizes, high, low, length, starts)[which]
 
 
 def _port_runs(ranges: Iterable[Ports]) -> Iterator[tuple[int, int, frozenset[Ports]]]:
@@ -225,8 +224,8 @@ class _Family:
     conditional : by number of ask.
     """
 
-    def __init__(self, family: int, bindings: list[Binding]) -> None:
-        self.family = family
+    def __init__(self, version: int, bindings: list[Binding]) -> None:
+        self.version, self._family = version, socket.AF_INET if version == 4 else socket.AF_INET6
         self._networks = [binding.prefix for binding in bindings]
         packed = np.frombuffer(b"".join([network.network_address.packed for network in self._networks]), np.uint8)
         halves = np.zeros((len(bindings), 16), np.uint8)
@@ -280,11 +279,11 @@ class _Family:
         plain = places[~conditional]
         _, examples, which = np.unique(self.act[plain], return_index=True, return_inverse=True)
         chains = [self._chain([(int(self.ask[place]), int(self.act[place]))]) for place in plain[examples]]
-        alone = [rules.start(chain, self.family, protocol) for chain in chains]
+        alone = [rules.start(chain, self._family, protocol) for chain in chains]
         starts[~conditional] = np.array(alone, np.uint32)[which]
         for number in np.unique(of_set[conditional]).tolist():
             found = self._chains(sets[number])
-            known = {links: rules.start(self._chain(links), self.family, protocol) for links in dict.fromkeys(found)}
+            known = {links: rules.start(self._chain(links), self._family, protocol) for links in dict.fromkeys(found)}
             starts[bounds[number] : bounds[number + 1]] = [known[links] for links in found]
         numbers = self.prefix[places]
         return [_Answers(numbers[begin:end], starts[begin:end]) for begin, end in pairwise(bounds)]

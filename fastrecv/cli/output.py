@@ -35,4 +35,8 @@ def table(
     for row in rows:
         cells = [Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row]
         shown.add_row(*cells, style=style(row) if style else None)
-    Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE).print(shown)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+    with console.capture() as printed:
+        console.print(shown)
+    for line in printed.get().splitlines():
+        click.echo(line.rstrip())

@@ -13,6 +13,7 @@ import pytest
 
 from fastrecv import bpf
 from fastrecv.bench.runner import NEEDS
+from tests.kernel.steering import SCRIPTED, Compile, Stage, staged
 
 HERE = Path(__file__).parent
 RCU = Path("/sys/kernel/rcu_expedited")
@@ -64,7 +65,7 @@ def nothing_left_behind() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def compile_bpf(tmp_path_factory: pytest.TempPathFactory) -> object:
+def compile_bpf(tmp_path_factory: pytest.TempPathFactory) -> Compile:
     """Compile a BPF source text of a test with the compiler that builds the package."""
     clang = shutil.which("clang")
     assert clang is not None, "clang is part of `make setup`"
@@ -81,3 +82,24 @@ def compile_bpf(tmp_path_factory: pytest.TempPathFactory) -> object:
         return target.read_bytes()
 
     return compile_text
+
+
+@pytest.fixture(scope="session")
+def compiled(compile_bpf: Compile) -> bytes:
+    return compile_bpf("scripted", SCRIPTED)
+
+
+@pytest.fixture
+def stage(compiled: bytes) -> Iterator[Stage]:
+    with staged(compiled) as made:
+        yield made
+
+
+@pytest.fixture
+def bpffs(tmp_path: Path) -> Iterator[Path]:
+    """A BPF file system of its own; what is still pinned at the end goes with it."""
+    mounted = tmp_path / "bpffs"
+    mounted.mkdir()
+    subprocess.run(["mount", "-t", "bpf", "bpf", str(mounted)], check=True)
+    yield mounted
+    subprocess.run(["umount", str(mounted)], check=True)

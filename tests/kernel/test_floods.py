@@ -123,6 +123,7 @@ def test_every_program_assigns_the_sink(lab: Lab, flood: Flood, name: str, entri
 def test_a_program_that_leaves_the_packets_alone_is_found_out(lab: Lab) -> None:
     flood = FLOODS["udp4"]
     with open_sink(flood, lab) as sink, PROGRAMS["letter"].open(flood, sink, 10, 1) as program:
+        assert program.owner is not None
         prefixes = program.owner.maps["prefixes4"]
         prefixes.delete(prefixes.items()[0])
         assert not selects(program, flood, sink)
@@ -131,6 +132,7 @@ def test_a_program_that_leaves_the_packets_alone_is_found_out(lab: Lab) -> None:
 def test_letters_rule_set_is_what_was_drawn(lab: Lab) -> None:
     flood = FLOODS["udp4"]
     with open_sink(flood, lab) as sink, PROGRAMS["letter"].open(flood, sink, 500, 7) as program:
+        assert program.owner is not None
         keys, values = program.owner.maps["prefixes4"].items()
     assert len(keys) == 500
     assert not values.any()

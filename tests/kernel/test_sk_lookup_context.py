@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import socket
 import struct
-from collections.abc import Iterator
 from errno import E2BIG, EAFNOSUPPORT, EEXIST, EINVAL, ENOLINK, EPROTOTYPE, ESOCKTNOSUPPORT
 from ipaddress import ip_address
 
@@ -20,12 +19,11 @@ from pyroute2 import IPRoute
 from fastrecv.bpf import SK_LOOKUP, Object
 from fastrecv.errors import BpfError
 from fastrecv.netns import Namespace
-from tests.kernel.test_sk_lookup import (
+from tests.kernel.steering import (
     NOBODY,
     PORT,
     REFUSED,
     REPLACE,
-    SCRIPTED,
     SK_DROP,
     SK_PASS,
     TCP,
@@ -38,23 +36,11 @@ from tests.kernel.test_sk_lookup import (
     counted,
     kinds,
     nets,
-    staged,
 )
 
 RTMGRP_LINK, RTM_DELLINK = 1, 17  # include/uapi/linux/rtnetlink.h
 LINKS = 64  # netns_bpf_max_progs() of kernel/bpf/net_namespace.c
 PORTS = {"nobody": 0, "a": 8001, "b": 8002}
-
-
-@pytest.fixture(scope="module")
-def compiled(compile_bpf: Compile) -> bytes:
-    return compile_bpf("scripted", SCRIPTED)
-
-
-@pytest.fixture
-def stage(compiled: bytes) -> Iterator[Stage]:
-    with staged(compiled) as made:
-        yield made
 
 
 def stand(stage: Stage, kind: int, net: str) -> tuple[str, list[socket.socket]]:
