@@ -12,8 +12,8 @@ SOURCES := $(wildcard fastrecv/_*/*.pyx fastrecv/_*/*.pxd bpf/*.c bpf/*.h)
 bench: setup
 	$(BIN)/python -m fastrecv.bench --flood udp
 
-test: PACKAGES += bind9-dnsutils ngtcp2-client # real clients for the services that the tests run
-test: setup
+test: PACKAGES += bind9-dnsutils curl ngtcp2-client # real clients for the services that the tests run
+test: setup $(VENV)/unpacked
 	$(BIN)/python -m pytest
 
 # Every receiver against a C loop, interleaved (a minute and a half); then the same in pytest-benchmark's tables.
@@ -44,6 +44,11 @@ sanitize: setup
 		$(BIN)/pytest -s --import-mode=importlib -p no:cacheprovider tests/kernel/test_bpf.py \
 		tests/unit/test_receiver.py tests/unit/test_batch.py tests/unit/test_arrow.py tests/unit/test_replies.py \
 		tests/unit/test_sockets.py tests/unit/test_ownership.py
+
+# A real daemon for the tests, unpacked only: installed it would be started.
+$(VENV)/unpacked: | packages
+	command -v nginx /usr/sbin/nginx >/dev/null || { cd $(VENV) && apt-get download -q nginx && dpkg-deb -x nginx_*.deb unpacked; }
+	mkdir -p $@
 
 # A wheel that carries libbpf and libelf, as released.
 wheel: setup

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -44,7 +43,6 @@ def build(generation: Path, lookup: Object, bindings: Sequence[Binding], state: 
     pins.remove(generation)
     generation.mkdir(pins.DIRECTORY_MODE)
     try:
-        os.chown(generation, -1, generation.parent.stat().st_gid)
         pins.pin(program, generation / "program")
         pins.write_document(state.encode(), generation / "document")
     except BaseException:

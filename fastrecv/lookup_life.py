@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from errno import E2BIG
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def load(
                 pins.remove(entry)
             try:
                 if group is not None:
-                    os.chown(directory, -1, group)
+                    pins.give_to(directory, group)
                 _load(directory, namespace)
             except BaseException:
                 pins.remove(directory)

@@ -11,7 +11,6 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fastrecv.errors import NotSupported, StateError
 from fastrecv.listeners import PROTOCOL_NAMES
 from fastrecv.lookup import BPFFS, Dispatcher
 
@@ -38,7 +37,7 @@ class DispatcherCollector(Collector):
         try:
             with Dispatcher(self._netns, bpffs=self._bpffs, read_only=True) as dispatcher:
                 families = list(_families(dispatcher))
-        except (StateError, NotSupported, PermissionError):
+        except OSError:  # nothing is loaded, it is locked, or not ours to read: of all that, `status` says which
             up.add_metric([], 0)
             yield up
             return

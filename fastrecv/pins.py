@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = [
     "DIRECTORY_MODE",
     "check_mounted",
     "checked_root",
+    "give_to",
     "locked",
     "pin",
     "point",
@@ -136,10 +138,15 @@ def _holders(fd: int) -> str:
     return ", ".join(found) or "somebody who has just let go"
 
 
+def give_to(directory: Path, group: int) -> None:
+    """Let the members of a group read what is, and will be, in a directory. CAP_CHOWN and CAP_FSETID, or membership."""
+    os.chown(directory, -1, group)
+    directory.chmod(DIRECTORY_MODE | stat.S_ISGID)  # what is made in it inherits the group
+
+
 def pin(thing: Pinnable, path: Path) -> None:
     """Pin an object, for the directory's owner to change and its group to read."""
     thing.pin(path)
-    os.chown(path, -1, path.parent.stat().st_gid)
     path.chmod(_PIN_MODE)
 
 

@@ -73,6 +73,8 @@ class Binding:
     on_miss: Literal["drop", "pass"] = "drop"
 
     def __post_init__(self) -> None:
+        if self.protocol not in ("tcp", "udp", "any"):
+            raise RuleSetError(f"protocol {self.protocol!r}: give tcp, udp or any")
         first, last = self.ports
         if not 0 <= first <= last <= 65535:
             raise RuleSetError(f"ports {first}-{last}: give 0 to 65535, the first not above the last")

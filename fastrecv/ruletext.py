@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import tomllib
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from fastrecv.rules import Binding, RuleSetError
-from fastrecv.state import DROP
+from fastrecv.state import DROP, check_label
 
 __all__ = ["Protocol", "binding", "dumped", "interface_name", "ports", "ports_text", "prefix", "read_file", "text"]
 
@@ -21,7 +22,7 @@ Network = IPv4Network | IPv6Network
 _ANY_PORT = (0, 65535)
 
 
-class _Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     """A binding in a file."""
 
     label: str
@@ -39,6 +40,8 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 def prefix(word: str) -> IPv4Network | IPv6Network:
     """192.0.2.0/24, or one address. RuleSetError with what is meant where an address inside the prefix is given."""
+    if "%" in word:
+        raise RuleSetError(f"{word!r} has a zone: leave %... out, and name the interface beside it (interface)")
     try:
         found = ip_network(word)
     except ValueError:
@@ -49,7 +52,7 @@ def prefix(word: str) -> IPv4Network | IPv6Network:
         raise RuleSetError(f"{word!r} has bits below its prefix: {meant} is the prefix") from None
     if isinstance(found, IPv6Network) and found.network_address.ipv4_mapped is not None and found.prefixlen >= 96:
         meant4 = IPv4Network((int(found.network_address) & 0xFFFFFFFF, found.prefixlen - 96))
-        raise RuleSetError(f"{word!r}: packets come with IPv4 addresses, bind {meant4}")
+        raise RuleSetError(f"{word!r}: packets come with IPv4 addresses, give {meant4}")
     return found
 
 
@@ -67,14 +70,10 @@ def ports(word: str | int) -> tuple[int, int]:
 
 def interface_index(word: str | int) -> int:
     """The index of an interface of the calling thread's namespace, by its name or itself."""
-    if isinstance(word, int) or word.isdecimal():
-        if 0 < int(word) < 1 << 31:
-            return int(word)
-    else:
-        try:
-            return socket.if_nametoindex(word)
-        except OSError:
-            pass
+    with contextlib.suppress(OSError, ValueError):  # more digits than int() takes, a NUL in a name
+        index = int(word) if isinstance(word, int) or word.isdecimal() else socket.if_nametoindex(word)
+        if 0 < index < 1 << 31:
+            return index
     raise RuleSetError(f"there is no interface {word!r}: give its name or index")
 
 
@@ -107,6 +106,8 @@ def read_file(path: Path) -> list[Binding]:
     found = []
     for number, entry in enumerate(content.bindings):
         try:
+            if entry.label != DROP:
+                check_label(entry.label)
             source = None if entry.source is None else prefix(entry.source)
             found.append(binding(entry.label, entry.protocol, prefix(entry.prefix), ports(entry.port), source,
                                  entry.interface, entry.on_miss))  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import re
 import socket
 from collections.abc import Callable
@@ -22,6 +24,8 @@ from fastrecv.state import DROP, check_label
 __all__ = ["ADDRESS", "ENDPOINT", "LABEL", "PORTS", "PREFIX", "PROCESS", "entered", "place"]
 
 Address = IPv4Address | IPv6Address
+_NS_GET_NSTYPE = 0xB703  # include/uapi/linux/nsfs.h
+_CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
 
 
 class _Label(click.ParamType[str]):
@@ -34,7 +38,7 @@ class _Label(click.ParamType[str]):
         if not (self.verdict and value == DROP):
             try:
                 check_label(value)
-            except RuleSetError as error:
+            except (RuleSetError, UnicodeEncodeError) as error:  # bytes of the command line that are no text
                 self.fail(str(error), param, context)
         return value
 
@@ -87,12 +91,37 @@ def _endpoint(word: str) -> tuple[Address, int]:
 def _process(word: str) -> int:
     """A process id, or the path of a file that holds one."""
     try:
-        text = word if word.isdecimal() else Path(word).read_text().strip()
+        text = word if word.isdecimal() else Path(word).read_text(errors="replace").strip()
     except OSError as error:
         raise RuleSetError(f"{word!r} is no process id, nor a file that holds one: {error.strerror}") from None
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > 10 or not 0 < int(text) < 1 << 31:
         raise RuleSetError(f"{word!r} holds no process id")
     return int(text)
+
+
+class _NamespacePath(click.Path):
+    """A file that stands for a network namespace. PermissionError where it is not the user's to open."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        try:
+            fd = os.open(value, os.O_RDONLY)
+        except PermissionError:
+            raise
+        except OSError as error:
+            self.fail(f"{value!r}: {error.strerror}", param, context)
+        try:
+            is_one = fcntl.ioctl(fd, _NS_GET_NSTYPE) == _CLONE_NEWNET
+        except OSError:
+            is_one = False
+        finally:
+            os.close(fd)
+        if not is_one:
+            self.fail(
+                f"{value!r} is no network namespace: /run/netns/NAME is one, /proc/PID/ns/net too", param, context
+            )
+        return value
 
 
 LABEL = _Label(verdict=False)
@@ -106,7 +135,7 @@ PROCESS: click.ParamType[int] = _Words("process", _process)
 
 def place(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say which dispatcher is meant."""
-    netns = click.option("--netns", type=click.Path(exists=True, dir_okay=False), metavar="PATH",
+    netns = click.option("--netns", type=_NamespacePath(), metavar="PATH",
                          help="Network namespace: /run/netns/NAME, /proc/PID/ns/net.  [default: this one]")  # fmt: skip
     bpffs = click.option("--bpffs", type=click.Path(path_type=Path), default=BPFFS, show_default=True, metavar="PATH",
                          help="Where a BPF file system is mounted.")  # fmt: skip

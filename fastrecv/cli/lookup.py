@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import pwd
 import signal
@@ -30,8 +31,8 @@ from fastrecv.cli.arguments import (
     settle,
 )
 from fastrecv.lookup import Dispatcher
-from fastrecv.rules import Binding, Destination
-from fastrecv.state import Change
+from fastrecv.rules import Destination
+from fastrecv.state import Change, check_label
 
 __all__ = ["lookup"]
 
@@ -108,14 +109,6 @@ def _binding_arguments(command: click.decorators.FC) -> click.decorators.FC:
     return command
 
 
-def _binding(
-    label: str, protocol: Literal["tcp", "udp", "any"], prefix: Network, ports: tuple[int, int], source: Network | None,
-    interface: str | None, netns: str | None, on_miss: Literal["drop", "pass"] = "drop",
-) -> Binding:  # fmt: skip
-    with entered(netns):
-        return ruletext.binding(label, protocol, prefix, ports, source, interface, on_miss)
-
-
 @lookup.command()
 @_binding_arguments
 @click.option("--on-miss", type=click.Choice(["drop", "pass"]), default="drop", show_default=True,
@@ -125,19 +118,20 @@ def bind(
     label: str, protocol: Literal["tcp", "udp", "any"], prefix: Network, ports: tuple[int, int], source: Network | None,
     interface: str | None, on_miss: Literal["drop", "pass"], netns: str | None, bpffs: Path,
 ) -> None:  # fmt: skip
-    r"""Bind a prefix and a port (80, 8000-8999, any) to a label; the label "drop" drops.
+    """Bind a prefix and a port (80, 8000-8999, any) to a label; the label "drop" drops.
 
     \b
     fastrecv lookup bind web tcp 192.0.2.0/24 80
     fastrecv lookup bind proxy any 2001:db8::1 any
     fastrecv lookup bind drop udp 192.0.2.0/24 any --source 203.0.113.0/24
-    """
-    bound = _binding(label, protocol, prefix, ports, source, interface, netns, on_miss)
-    with Dispatcher(netns, bpffs=bpffs) as dispatcher:
-        change = dispatcher.bind(bound)
-    for gone in change.removed:
-        click.echo(f"unbound {ruletext.text(gone)}")
-    click.echo(f"{'bound' if change.added else 'was bound already:'} {ruletext.text(bound)}")
+    """  # noqa: D301 - click wants the character
+    with entered(netns):
+        bound = ruletext.binding(label, protocol, prefix, ports, source, interface, on_miss)
+        with Dispatcher(bpffs=bpffs) as dispatcher:
+            change = dispatcher.bind(bound)
+        for gone in change.removed:
+            click.echo(f"unbound {ruletext.text(gone)}")
+        click.echo(f"{'bound' if change.added else 'was bound already:'} {ruletext.text(bound)}")
 
 
 @lookup.command()
@@ -148,10 +142,11 @@ def unbind(
     interface: str | None, netns: str | None, bpffs: Path,
 ) -> None:  # fmt: skip
     """Remove one binding; its arguments are those it was bound with."""
-    bound = _binding(label, protocol, prefix, ports, source, interface, netns)
-    with Dispatcher(netns, bpffs=bpffs) as dispatcher:
-        dispatcher.unbind(bound)
-    click.echo(f"unbound {ruletext.text(bound)}")
+    with entered(netns):
+        bound = ruletext.binding(label, protocol, prefix, ports, source, interface, "drop")
+        with Dispatcher(bpffs=bpffs) as dispatcher:
+            dispatcher.unbind(bound)
+        click.echo(f"unbound {ruletext.text(bound)}")
 
 
 @lookup.command("load-bindings")
@@ -159,7 +154,7 @@ def unbind(
 @click.option("--dry-run", is_flag=True, help="Say what would be added and removed, and change nothing.")
 @place
 def load_bindings(file: Path, dry_run: bool, netns: str | None, bpffs: Path) -> None:
-    r"""Put the bindings of a JSON or TOML file in the place of all that are there, in one step.
+    """Put the bindings of a JSON or TOML file in the place of all that are there, in one step.
 
     \b
     [[bindings]]
@@ -168,12 +163,12 @@ def load_bindings(file: Path, dry_run: bool, netns: str | None, bpffs: Path) -> 
     prefix = "192.0.2.0/24"
     port = 80            # "8000-8999", "any"
     source, interface, on_miss: as for bind
-    """
+    """  # noqa: D301 - click wants the character
     with entered(netns):
         bindings = ruletext.read_file(file)
-    with Dispatcher(netns, bpffs=bpffs, read_only=dry_run) as dispatcher:
-        change = dispatcher.compare(bindings) if dry_run else dispatcher.replace_bindings(bindings)
-    _tell(change)
+        with Dispatcher(bpffs=bpffs, read_only=dry_run) as dispatcher:
+            change = dispatcher.compare(bindings) if dry_run else dispatcher.replace_bindings(bindings)
+        _tell(change)
     would = "would be " if dry_run else ""
     click.echo(
         f"{len(change.added):,} {would}added, {len(change.removed):,} {would}removed, {len(bindings):,} in the file"
@@ -198,7 +193,11 @@ def _registered(destinations: Iterable[Destination]) -> str:
 @lookup.command()
 @click.argument("label", type=LABEL, required=False)
 @click.option(
-    "--fd", "descriptors", type=click.IntRange(0), multiple=True, help="An inherited descriptor; again for more."
+    "--fd",
+    "descriptors",
+    type=click.IntRange(0, (1 << 31) - 1),
+    multiple=True,
+    help="An inherited descriptor; again for more.",
 )
 @click.option("--to", "server", type=click.Path(path_type=Path), metavar="PATH",
               help="Hand the sockets to `fastrecv lookup serve PATH`, which needs no privilege.")  # fmt: skip
@@ -218,12 +217,20 @@ def register(
         raise click.UsageError("no socket: give --fd, or run as a systemd service with a .socket unit")
     if descriptors and label is None:
         raise click.UsageError("descriptors have no names: give a label")
-    for name in dict.fromkeys(name for name, _ in passed):
-        with listeners.of_descriptors(fd for other, fd in passed if other == name) as sockets:
-            if server is not None:
+    with contextlib.ExitStack() as stack:
+        named = {
+            name: stack.enter_context(listeners.of_descriptors([fd for other, fd in passed if other == name]))
+            for name in dict.fromkeys(name for name, _ in passed)
+        }
+        if server is not None:
+            for name, sockets in named.items():
                 click.echo(f"registered {handover.hand_over(server, name, sockets)}")
-                continue
-            with Dispatcher(netns, bpffs=bpffs) as dispatcher:
+            return
+        with Dispatcher(netns, bpffs=bpffs) as dispatcher:
+            for name, sockets in named.items():  # what one of them is refused for, is known before any is registered
+                check_label(name)
+                listeners.by_destination(name, sockets, dispatcher.cookie)
+            for name, sockets in named.items():
                 click.echo(f"registered {_registered(dispatcher.register(name, sockets, add=add))}")
 
 

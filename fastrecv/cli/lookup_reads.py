@@ -156,7 +156,11 @@ def show_metrics(listen: tuple[IPv4Address | IPv6Address, int] | None, netns: st
     registry = CollectorRegistry()
     registry.register(metrics.DispatcherCollector(None, bpffs))
     kind = type("_Bound", (_Server,), {"address_family": socket.AF_INET6 if listen[0].version == 6 else socket.AF_INET})
-    with kind((str(listen[0]), listen[1]), _Quiet) as server:
+    try:
+        opened = kind((str(listen[0]), listen[1]), _Quiet)
+    except OSError as error:
+        raise StateError(f"cannot listen on {listen[0]} port {listen[1]}: {error.strerror}") from None
+    with opened as server:
         signal.signal(signal.SIGTERM, _stop)
         server.set_app(make_wsgi_app(registry))
         settle(netns)  # after the server's socket was opened here
@@ -184,12 +188,12 @@ def explain(
     protocol: str, source: tuple[IPv4Address | IPv6Address, int], destination: tuple[IPv4Address | IPv6Address, int],
     interface: str | None, as_json: bool, netns: str | None, bpffs: Path,
 ) -> None:  # fmt: skip
-    r"""Which binding and socket a packet would get, and why. The program is asked; no packet is sent, nothing counted.
+    """Which binding and socket a packet would get, and why. The program is asked; no packet is sent, nothing counted.
 
     \b
     fastrecv lookup explain tcp 198.51.100.7 192.0.2.9:80
     fastrecv lookup explain udp [2001:db8::7]:4242 [2001:db8::1]:53
-    """
+    """  # noqa: D301 - click wants the character
     if source[0].version != destination[0].version:
         raise click.UsageError("source and destination are of different IP versions")
     if not destination[1]:

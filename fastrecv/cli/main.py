@@ -69,6 +69,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    if type(error) is PermissionError and error.filename is not None:
-        return f"{error.filename}: permission denied (run as root, or as who may)"
-    return " ".join(str(error).split())
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror is not None:
+        text = error.strerror
+        if error.filename is not None:
+            denied = "permission denied (run as root, or as who may)"
+            text = f"{error.filename}: {denied if isinstance(error, PermissionError) else text}"
+    return " ".join(text.split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,10 +97,12 @@ def stage(compiled: bytes) -> Iterator[Stage]:
 
 
 @pytest.fixture
-def bpffs(tmp_path: Path) -> Iterator[Path]:
-    """A BPF file system of its own; what is still pinned at the end goes with it."""
-    mounted = tmp_path / "bpffs"
-    mounted.mkdir()
-    subprocess.run(["mount", "-t", "bpf", "bpf", str(mounted)], check=True)
-    yield mounted
-    subprocess.run(["umount", str(mounted)], check=True)
+def bpffs() -> Iterator[Path]:
+    """A BPF file system of its own, open to all users; what is still pinned at the end goes with it."""
+    with tempfile.TemporaryDirectory(prefix="bpffs-") as made:
+        Path(made).chmod(0o755)
+        subprocess.run(["mount", "-t", "bpf", "bpf", made], check=True)
+        try:
+            yield Path(made)
+        finally:
+            subprocess.run(["umount", made], check=True)

@@ -103,7 +103,7 @@ def expected(bindings: list[Binding], sockets: Sockets, packet: Packet) -> tuple
 # Few addresses and ports, so that prefixes nest, ranges overlap and packets hit.
 ADDRESSES: dict[int, list[IPv4Address | IPv6Address]] = {
     4: [IPv4Address(text) for text in ("10.1.2.3", "10.1.2.128", "10.1.128.0", "198.51.100.1")],
-    6: [IPv6Address(text) for text in ("2001:db8::1", "2001:db8:0:1::", "8000::")],
+    6: [IPv6Address(text) for text in ("2001:db8::1", "2001:db8::8000:0:0:1", "2001:db8:0:1::", "8000::")],
 }
 LENGTHS = {4: [0, 8, 15, 16, 17, 23, 24, 25, 31, 32], 6: [0, 16, 32, 48, 63, 64, 65, 127, 128]}
 PORTS = [0, 53, 80, 443, 65535]
@@ -178,6 +178,19 @@ def test_where_the_longest_prefix_does_not_apply_the_next_one_wins(sockets: Sock
                                     ("198.51.100.1", 53, "a")):  # fmt: skip
             verdict = ask(lookup, socket.IPPROTO_UDP, source, "10.1.2.3", port)
             assert verdict == (SK_PASS, cookie(sockets[label, socket.AF_INET, socket.IPPROTO_UDP]))
+
+
+def test_beside_a_long_ipv6_prefix_the_one_that_covers_it_wins(sockets: Sockets) -> None:
+    bindings = [
+        Binding("udp", ip_network("2001:db8::/32"), (53, 53), "a"),
+        Binding("udp", ip_network("2001:db8::8/125"), (53, 53), "b"),
+        Binding("udp", ip_network("2001:db9::8/125"), (53, 53), "b"),
+    ]
+    with loaded(bindings, sockets) as lookup:
+        for host, label in (("2001:db8::7", "a"), ("2001:db8::8", "b"), ("2001:db8::f", "b"), ("2001:db8::10", "a"),
+                            ("2001:db9::8", "b"), ("2001:db9::10", None)):  # fmt: skip
+            due = cookie(sockets[label, socket.AF_INET6, socket.IPPROTO_UDP]) if label else 0
+            assert ask(lookup, socket.IPPROTO_UDP, "2001:db8::1", host, 53) == (SK_PASS, due), host
 
 
 @pytest.mark.parametrize(("on_miss", "verdict"), [("drop", SK_DROP), ("pass", SK_PASS)])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import datetime
 import ipaddress
-import os
-import shutil
 import socket
 import subprocess
 import threading
@@ -33,19 +31,9 @@ from cryptography.x509.oid import NameOID
 
 from fastrecv.adapters.asyncio import create_datagram_endpoint
 from fastrecv.adapters.socketserver import ThreadingUDPServer, UDPServer
+from tests.programs import program
 
 LOOPS: Any = {"asyncio": asyncio.run, "uvloop": uvloop.run}
-
-
-def program(name: str, package: str) -> str:
-    """A client's path; without it the test is skipped, or fails where nothing may be missing."""
-    found = shutil.which(name)
-    if found is None:
-        reason = f"{name} is not here: Debian package {package}"
-        if os.environ.get("FASTRECV_REQUIRE_KERNEL") == "1":
-            pytest.fail(f"must not be skipped here: {reason}", pytrace=False)
-        pytest.skip(reason)
-    return found
 
 
 class Resolver(dnslib.server.BaseResolver):  # type: ignore[misc]
