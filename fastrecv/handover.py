@@ -44,7 +44,10 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.owners, self.register, self.log = owners, register, log
         self._path = Path(path)
         _remove_stale(self._path)
-        super().__init__(str(path), _Request)
+        try:
+            super().__init__(str(path), _Request)
+        except OSError as error:
+            raise StateError(f"cannot serve {path}: {error.strerror or error}") from None
         self._path.chmod(0o666)
 
     def server_close(self) -> None:

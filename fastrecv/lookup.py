@@ -10,7 +10,7 @@ Its state outlives the process and needs none: everything is pinned in bpffs, in
 
 A change of rules builds a generation beside the present one and puts it in force by one bpf_link_update. A process that
 is killed after that and before it has turned `current` leaves the turning to whoever next opens the state to change it:
-the link says which program is attached.
+the link says which program is attached, to readers, too, who may open it.
 """
 
 from __future__ import annotations
@@ -109,14 +109,14 @@ class Dispatcher:
 
     def _read(self, adopt: bool) -> None:
         self._link = self._linked()
+        self._generation = self._in_force()
         if not self._read_only:
             self._heal()
-        self._generation = self._directory / (self._directory / "current").readlink()
         self.program = Program.open(self._generation / "program", read_only=self._read_only)
         self._held.callback(self._close_program)
         self.state = State.decode(pins.read_document(self._generation / "document"))
-        self._check(adopt)
         self.sockets, self._counts = self._maps()
+        self._check(adopt)
         self._members = Members(self.sockets)
 
     def _linked(self) -> Link | None:
@@ -131,16 +131,23 @@ class Dispatcher:
             raise StateError(f"the program was detached by other means: {_ANEW}")
         return link
 
+    def _in_force(self) -> Path:
+        """The generation that `current` leads to, unless a process was killed before it turned that to the attached."""
+        current = self._directory / (self._directory / "current").readlink()
+        if self._link is not None:
+            attached = self._link.info.program_id
+            for entry in self._directory.glob(generations.PATTERN):
+                if entry.name != current.name and generations.holds(entry, attached):
+                    return entry
+        return current
+
     def _heal(self) -> None:
         """Finish, or take back, what a killed process has left half-way."""
-        current = (self._directory / "current").readlink().name
-        attached = self._link.info.program_id if self._link is not None else 0
-        for entry in list(self._directory.glob(generations.PATTERN)):
-            if entry.name != current and generations.holds(entry, attached):
-                pins.point(self._directory / "current", entry.name)
-                current = entry.name
+        name = self._generation.name
+        if (self._directory / "current").readlink().name != name:
+            pins.point(self._directory / "current", name)
         for entry in [*self._directory.glob(generations.PATTERN), *self._directory.glob("*-new")]:
-            if entry.name != current:
+            if entry.name != name:
                 pins.remove(entry)
 
     def _check(self, adopt: bool) -> None:

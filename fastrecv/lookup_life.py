@@ -73,12 +73,20 @@ def unload(netns: PathLike | None = None, *, bpffs: PathLike = BPFFS, timeout: f
     try:
         with pins.locked(directory, exclusive=True, timeout=timeout):
             loaded = (directory / "link").exists()
-            pins.remove(directory / "link")  # detaches: first, so that no half of a state is ever in force
+            if loaded:  # first, so that no half of a state is ever in force
+                _detach(directory / "link")
             pins.remove(directory)
     except FileNotFoundError:
         loaded = False
     if not loaded:
         raise StateError("no dispatcher is loaded in this network namespace")
+
+
+def _detach(pinned: Path) -> None:
+    """Detach at once: when no more than the pin goes, the kernel may leave it to a worker, and packets come still."""
+    with Link.open(pinned) as link:
+        pins.remove(pinned)
+        link.detach()
 
 
 def remnants(bpffs: PathLike = BPFFS) -> list[Path]:

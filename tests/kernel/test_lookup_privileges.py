@@ -74,7 +74,7 @@ def by(user: int, group: int, command: Command, words: tuple[str, ...], said: Pa
 
     def action() -> int:
         with (
-            open(file, "w", encoding="utf-8") as text,
+            os.fdopen(file, "w") as text,
             contextlib.redirect_stdout(text),
             contextlib.redirect_stderr(text),
         ):
