@@ -13,8 +13,10 @@ import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+from fastrecv import listeners
 from fastrecv.errors import SocketRefusedError, StateError
 from fastrecv.rules import RuleSetError
+from fastrecv.sockets import path_of, remove_path
 
 __all__ = ["Server", "hand_over"]
 
@@ -42,17 +44,18 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self, path: str | Path, owners: Mapping[str, Collection[int]], register: Register, log: Callable[[str], None]
     ) -> None:
         self.owners, self.register, self.log = owners, register, log
-        self._path = Path(path)
-        _remove_stale(self._path)
+        self._owned: tuple[int, int, int] | None = None  # the path, once it is ours
+        _remove_stale(Path(path))
         try:
             super().__init__(str(path), _Request)
         except OSError as error:
             raise StateError(f"cannot serve {path}: {error.strerror or error}") from None
-        self._path.chmod(0o666)
+        self._owned = path_of(self.socket)
+        Path(path).chmod(0o666)
 
     def server_close(self) -> None:
+        remove_path(self.socket, self._owned)
         super().server_close()
-        self._path.unlink(missing_ok=True)
 
 
 def _remove_stale(path: Path) -> None:
@@ -97,13 +100,7 @@ class _Request(socketserver.BaseRequestHandler):
             raise SocketRefusedError(f"uid {uid} may not register for {label!r}")
         if not descriptors:
             raise SocketRefusedError("no socket came with the request")
-        sockets = []
-        for fd in descriptors:
-            try:
-                sockets.append(stack.enter_context(socket.socket(fileno=os.dup(fd))))
-            except OSError:
-                raise SocketRefusedError("a descriptor that came is not a socket") from None
-        return self.server.register(label, sockets)
+        return self.server.register(label, stack.enter_context(listeners.of_descriptors(descriptors)))
 
 
 def hand_over(path: str | Path, label: str, sockets: Sequence[socket.socket]) -> str:
