@@ -133,7 +133,13 @@ def _mismatch(binding: Binding, packet: Packet) -> str:
 
 def _loses(binding: Binding, winner: Binding | None) -> str:
     assert winner is not None  # only what applies, too, can lose
-    reasons = ("shorter prefix", "wider range of ports", "shorter source prefix", "no interface", "any protocol")
+    reasons = (
+        "shorter prefix",
+        "wider range of ports",
+        "shorter source prefix",
+        "names no interface",
+        "names no protocol",
+    )
     for mine, its, reason in zip(binding.precedence, winner.precedence, reasons, strict=False):
         if mine != its:
             return reason

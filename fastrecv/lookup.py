@@ -146,7 +146,7 @@ class Dispatcher:
         name = self._generation.name
         if (self._directory / "current").readlink().name != name:
             pins.point(self._directory / "current", name)
-        for entry in [*self._directory.glob(generations.PATTERN), *self._directory.glob("*-new")]:
+        for entry in [*self._directory.glob(generations.PATTERN), *self._directory.rglob("*-new")]:
             if entry.name != name:
                 pins.remove(entry)
 

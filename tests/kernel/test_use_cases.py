@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -239,3 +241,23 @@ def test_both_together_and_what_is_connected_goes_on_through_load_changes_and_un
         assert asked(net, socket.SOCK_STREAM, host, 80) == f"ordinary {host} 80\n"
         with pytest.raises(ConnectionRefusedError):
             asked(net, socket.SOCK_STREAM, PROXY[4], 4242)
+
+
+def test_the_example_serves_every_port_of_a_prefix(net: Net) -> None:
+    example = Path(__file__).parents[2] / "examples" / "any_port.py"
+    net.fastrecv("load")
+    for version in (4, 6):
+        net.fastrecv("bind", "everything", "udp", SERVICE[version], "any")
+    with net.here:
+        service = subprocess.Popen(
+            [sys.executable, str(example), "everything", str(net.bpffs)], stdout=subprocess.PIPE, text=True
+        )
+    with service, contextlib.ExitStack() as stack:
+        stack.callback(service.kill)
+        assert service.stdout is not None
+        assert service.stdout.readline() == "serving everything\n"
+        for version in (4, 6):
+            for host, port in zip(hosts(SERVICE[version], 20), [53, 1, 65535, *range(4000, 4019)], strict=True):
+                shown = host if version == 6 else f"::ffff:{host}"
+                assert asked(net, socket.SOCK_DGRAM, host, port) == f"you asked {shown} port {port}"
+    net.fastrecv("unload")
