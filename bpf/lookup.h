@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR GPL-2.0 */
-/* What the dispatcher's program reads: the tables that fastrecv/rules.py compiles, sockets and counters. */
+/* What the dispatcher's program reads: the tables that fastrecv/steering_tables.py lays out, sockets and counters. */
 #define AF_INET 2 /* include/linux/socket.h */
 #define IPPROTO_TCP 6
 /* include/uapi/asm-generic/errno.h, errno-base.h */
