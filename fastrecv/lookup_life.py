@@ -26,7 +26,7 @@ def load(
     ended, and of processes that were killed while they loaded one. StateError where one is loaded.
     CAP_BPF and CAP_NET_ADMIN; CAP_SYS_ADMIN for another namespace than one's own.
     """
-    root = pins.checked_root(Path(bpffs))
+    root = pins.checked_root(Path(bpffs), create=True)
     with contextlib.closing(Namespace.open(netns)) as namespace:
         directory = directory_of(root, namespace.cookie)
         with pins.locked(directory, exclusive=True, create=True, timeout=timeout):

@@ -44,15 +44,16 @@ class Pinnable(Protocol):
     def pin(self, path: str | os.PathLike[str]) -> None: ...
 
 
-def checked_root(bpffs: Path) -> Path:
-    """The directory under which this package pins, in a bpffs; made where it is missing.
+def checked_root(bpffs: Path, create: bool = False) -> Path:
+    """The directory under which this package pins, in a bpffs; made, with `create`, where it is missing.
 
     StateError where `bpffs` is no BPF file system, or the directory is a stranger's, who could lock everybody out.
     """
     check_mounted(bpffs)
     root = bpffs / "fastrecv"
-    with contextlib.suppress(FileExistsError, PermissionError):
-        root.mkdir(0o755)
+    if create:
+        with contextlib.suppress(FileExistsError):
+            root.mkdir(0o755)
     with contextlib.suppress(FileNotFoundError, PermissionError):
         owner = root.stat().st_uid
         if owner not in (0, os.geteuid()):

@@ -51,6 +51,7 @@ fastrecv.add_command(doctor)
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command and give its exit code."""
+    os.umask(0o022)  # who may read what is pinned, its group says, not the operator's habits
     try:
         result: Any = fastrecv.main(args=arguments, prog_name="fastrecv", standalone_mode=False)
     except click.ClickException as error:
