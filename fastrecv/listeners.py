@@ -161,7 +161,7 @@ def from_systemd(environment: Mapping[str, str] = os.environ) -> list[tuple[str,
         raise SocketRefusedError(f"LISTEN_FDS is {count!r}: not a number of descriptors")
     names = environment.get("LISTEN_FDNAMES", "").split(":") if environment.get("LISTEN_FDNAMES") else []
     if names and len(names) != int(count):
-        raise SocketRefusedError(f"LISTEN_FDNAMES has {len(names)} names for {count} descriptors")
+        raise SocketRefusedError(f"LISTEN_FDNAMES names {len(names)} descriptors, LISTEN_FDS says {count}")
     return [(names[i] if names else "unknown", _FIRST_FD + i) for i in range(int(count))]
 
 

@@ -255,7 +255,7 @@ class Dispatcher:
             if key not in present:
                 raise StateError(f"not bound: {ruletext.text(binding)}")
             if present[key] != binding.label:
-                raise StateError(f"not bound: {ruletext.text(binding)}; there it leads to {present[key] or DROP}")
+                raise StateError(f"not bound: {ruletext.text(binding)}; that is bound to {present[key] or DROP}")
         named = {key_of(binding) for binding in bindings}
         return self.replace_bindings([row.binding for row in self.state.rows if row.key not in named])
 

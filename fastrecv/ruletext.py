@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import tomllib
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ __all__ = ["Protocol", "binding", "dumped", "interface_name", "ports", "ports_te
 Protocol = Literal["tcp", "udp", "any"]
 Network = IPv4Network | IPv6Network
 _ANY_PORT = (0, 65535)
+_LIKE_PORTS = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?")
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
@@ -61,7 +63,7 @@ def _length(word: str) -> int:
 def _prefix(word: str) -> Network:
     """What is not an address and a length in digits: the address alone, a netmask, or a mistake."""
     if "%" in word:
-        raise RuleSetError(f"{word!r} has a zone: leave %... out, and name the interface beside it (interface)")
+        raise RuleSetError(f"{word!r} has a zone: leave %... out, and give the interface by itself")
     try:
         return ip_network(word)
     except ValueError:
@@ -76,10 +78,10 @@ def ports(word: str | int) -> tuple[int, int]:
     """80, 8000-8999 or any."""
     if word == "any":
         return _ANY_PORT
-    first, dash, last = str(word).partition("-")
-    if first.isdecimal() and (last.isdecimal() if dash else True) and len(first + last) < 12:
+    first, _, last = str(word).partition("-")
+    if _LIKE_PORTS.fullmatch(str(word)):
         found = int(first), int(last or first)
-        if found[0] <= found[1] <= 65535 and found != (0, 0):
+        if 0 < found[0] <= found[1] <= 65535:
             return found
     raise RuleSetError(f"{word!r} is no port: give one from 1 to 65535, a range like 8000-8999, or any")
 

@@ -32,7 +32,7 @@ DROP = "drop"
 
 def check_label(label: str | None) -> None:
     """RuleSetError for what cannot be a label: 1 to 255 bytes, printable and without spaces, other than "drop"."""
-    if not label or len(label.encode()) > 255 or not label.isprintable() or " " in label:
+    if not label or not label.isprintable() or " " in label or len(label.encode()) > 255:
         raise RuleSetError(f"label {label!r}: give 1 to 255 bytes, printable and without spaces")
     if label == DROP:
         raise RuleSetError("'drop' is a verdict, not a label: choose another name")
@@ -114,7 +114,7 @@ class State(msgspec.Struct, forbid_unknown_fields=True):
         if head.format != FORMAT:
             raise StateError(
                 f"this dispatcher was loaded by fastrecv {head.version} (state format {head.format}, here "
-                f"{FORMAT}): use that version, or `fastrecv lookup unload` with it and load anew"
+                f"{FORMAT}): use that version, or `fastrecv lookup unload`, then load and bind anew"
             )
         return msgspec.msgpack.decode(data, type=cls)
 
@@ -186,8 +186,8 @@ class State(msgspec.Struct, forbid_unknown_fields=True):
         given = dict(zip(names, free, strict=False))
         if len(given) < len(names):
             raise RuleSetError(
-                f"{len(used) + len(names):,} destinations (a label counts once for each family and protocol), "
-                f"{MAX_DESTINATIONS:,} at most, those of the last minute included: use fewer labels"
+                f"{len(used) + len(names):,} destinations (a label counts once for each family and protocol) and "
+                f"{len(self.retired):,} of the last minute, {MAX_DESTINATIONS:,} at most: use fewer labels"
             )
         return given
 

@@ -61,8 +61,10 @@ for _noun in lookup_reads.COMMANDS:
 def _group(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
     if value is None:
         return None
+    if value.isdecimal() and int(value[:11]) < (1 << 32) - 1:  # that one, chown(2) takes for none
+        return int(value)
     try:
-        return int(value) if value.isdecimal() else grp.getgrnam(value).gr_gid
+        return grp.getgrnam(value).gr_gid
     except KeyError:
         raise click.BadParameter(f"there is no group {value!r}") from None
 

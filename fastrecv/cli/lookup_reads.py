@@ -16,7 +16,7 @@ import click
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from fastrecv import explain as explaining
-from fastrecv import lookup_life, metrics, privileges, ruletext
+from fastrecv import lookup_life, metrics, pins, privileges, ruletext
 from fastrecv.cli import output
 from fastrecv.cli.arguments import ENDPOINT, LABEL_OR_DROP, PORTS, PREFIX, entered, place, settle
 from fastrecv.errors import StateError
@@ -150,6 +150,7 @@ class _Quiet(WSGIRequestHandler):
 @place
 def show_metrics(listen: tuple[IPv4Address | IPv6Address, int] | None, netns: str | None, bpffs: Path) -> None:
     """Counters in Prometheus' text format; served over HTTP, without any privilege left, where --listen says."""
+    pins.check_mounted(bpffs)
     if listen is None:
         click.echo(metrics.text(metrics.DispatcherCollector(netns, bpffs)), nl=False)
         return
