@@ -81,7 +81,7 @@ def ports(word: str | int) -> tuple[int, int]:
     first, _, last = str(word).partition("-")
     if _LIKE_PORTS.fullmatch(str(word)):
         found = int(first), int(last or first)
-        if 0 < found[0] <= found[1] <= 65535:
+        if found[0] <= found[1] <= 65535 and found != (0, 0):
             return found
     raise RuleSetError(f"{word!r} is no port: give one from 1 to 65535, a range like 8000-8999, or any")
 
