@@ -91,24 +91,28 @@ def served(stage: Stage) -> dict[str, int]:
 
 def asked(prefix: str) -> tuple[str, str]:
     """An address of the prefix, and one to ask from."""
-    return str(ip_network(prefix)[-1] if ":" in prefix else ip_network(prefix)[0]), (
-        "2001:db8:7::1" if ":" in prefix else "198.51.100.253"
-    )
+    return str(ip_network(prefix)[0]), "2001:db8:7::1" if ":" in prefix else "198.51.100.253"
+
+
+def destination(of: Binding) -> Destination:
+    family = socket.AF_INET if of.prefix.version == 4 else socket.AF_INET6
+    return Destination(of.label, family, socket.IPPROTO_UDP)
 
 
 def assert_in_force(dispatcher: Dispatcher, cookies: dict[str, int]) -> None:
-    """The program that is attached, its document and its sockets say the same; nothing else lies there."""
+    """The program that is attached, its document and its sockets say the same."""
     assert dispatcher.link is not None
     assert dispatcher.link.program_id == dispatcher.program.info.id
     assert dispatcher.program.info.tag == dispatcher.state.tag
     told(dispatcher.bindings)
     for each in dispatcher.bindings:
         host, source = asked(str(each.prefix))
-        family = {4: 2, 6: 10}[each.prefix.version]
-        members = dispatcher.sockets_of(Destination(each.label, family, 17))
+        members = dispatcher.sockets_of(destination(each))
         assert members in ([], [cookies[str(each.label)]])
         expected = (1, members[0]) if members else (0, 0)
-        run = bpf.run_sk_lookup(dispatcher.program, 17, (ip_address(source), 5000), (ip_address(host), PORT))
+        run = bpf.run_sk_lookup(
+            dispatcher.program, socket.IPPROTO_UDP, (ip_address(source), 5000), (ip_address(host), PORT)
+        )
         assert run == expected, f"{each}: {run} instead of {expected}"
 
 
@@ -123,7 +127,7 @@ def assert_tidy(directory: Path) -> None:
 def assert_clients_arrive(stage: Stage, dispatcher: Dispatcher) -> None:
     """Real clients come to the socket that the binding names. Nobody else can change it meanwhile."""
     for each in dispatcher.bindings:
-        if each.prefix.version == 4 and not dispatcher.sockets_of(Destination(each.label, 2, 17)):
+        if each.prefix.version == 4 and not dispatcher.sockets_of(destination(each)):
             dispatcher.register(str(each.label), [stage.servers[str(each.label)]])
     asking = [each for each in dispatcher.bindings if isinstance(each.prefix.network_address, IPv4Address)]
     for each in [*asking[:1], *asking[-1:]]:
@@ -138,8 +142,8 @@ def attached(stage: Stage) -> list[int]:
     return [link.program_id for link in bpf.sk_lookup_links().values() if link.netns_inode == stage.namespace.inode]
 
 
-def assert_nothing_loaded(stage: Stage, bpffs: Path) -> None:
-    """Nothing is attached, and whatever lies there is no hindrance."""
+def assert_loads_anew(stage: Stage, bpffs: Path) -> None:
+    """Nothing is attached, and what lies there does not hinder the next load."""
     assert attached(stage) == []
     for read_only in (True, False):
         with pytest.raises(StateError, match="no dispatcher is loaded"):

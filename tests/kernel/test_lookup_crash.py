@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fastrecv import lookup_life, pins
+from fastrecv.bpf import Link
 from fastrecv.errors import StateError
 from fastrecv.lookup import Dispatcher
 from tests.kernel.crashing import (
@@ -22,7 +23,7 @@ from tests.kernel.crashing import (
     assert_clients_arrive,
     assert_gone,
     assert_in_force,
-    assert_nothing_loaded,
+    assert_loads_anew,
     assert_tidy,
     attached,
     directory,
@@ -47,7 +48,7 @@ def test_a_load_that_ends_at_any_step_has_loaded_or_leaves_what_the_next_removes
         seen[loaded] += 1
         if not loaded:
             assert how == "killed" or not [*directory(stage, bpffs).glob("*")], place
-            assert_nothing_loaded(stage, bpffs)
+            assert_loads_anew(stage, bpffs)
         assert_tidy(directory(stage, bpffs))
         with Dispatcher(bpffs=bpffs) as dispatcher:
             assert_in_force(dispatcher, {})
@@ -71,7 +72,7 @@ def test_an_unload_that_ends_at_any_step_has_detached_or_leaves_all_in_force(
         loaded = (directory(stage, bpffs) / "link").exists()
         seen[loaded] += 1
         if not loaded:
-            assert_nothing_loaded(stage, bpffs)
+            assert_loads_anew(stage, bpffs)
         assert_tidy(directory(stage, bpffs))
         with Dispatcher(bpffs=bpffs) as dispatcher:
             assert told(dispatcher.bindings) == ((1 if loaded and sum(seen.values()) > 1 else None), False)
@@ -79,6 +80,15 @@ def test_an_unload_that_ends_at_any_step_has_detached_or_leaves_all_in_force(
             assert_in_force(dispatcher, cookies)
     assert min(seen[False], seen[True]) > 3
     assert_gone(stage, bpffs)
+
+
+def test_an_unload_has_detached_when_it_returns_whoever_holds_the_link_open(stage: Stage, bpffs: Path) -> None:
+    lookup_life.load(bpffs=bpffs)
+    with Link.open(directory(stage, bpffs) / "link") as link:
+        assert link.info.netns_inode == stage.namespace.inode
+        lookup_life.unload(bpffs=bpffs)
+        assert link.info.netns_inode == 0
+        assert_gone(stage, bpffs)
 
 
 @hows

@@ -297,8 +297,7 @@ def test_while_the_program_is_upgraded_no_packet_is_lost_and_all_else_stays(fiel
     names = [Destination(label, field.flood.family, socket.IPPROTO_UDP) for label in LABELS[:NOBODY]]
     with field.dispatcher(read_only=True) as dispatcher:
         cookies = [dispatcher.sockets_of(name) for name in names]
-        programs = {dispatcher.program.info.id}
-        before = field.lookups(dispatcher)
+        before, programs = field.lookups(dispatcher), {dispatcher.program.info.id}
     upgrades, deadline = 0, time.monotonic() + seconds
     with field.flooding():
         while upgrades < 4 or time.monotonic() < deadline:
