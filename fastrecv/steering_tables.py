@@ -19,7 +19,8 @@ Numbers = NDArray[np.int64]
 _Words = NDArray[np.uint32]
 _Halves = NDArray[np.uint64]
 
-FEW = 16  # IPv4 prefixes that a tree serves as well as a table of 256 KiB
+FEW = 16  # IPv4 prefixes that a tree of two nodes holds: a little slower than a table, which takes 256 KiB
+_ROOMY = 32  # tables that may be spent on few prefixes
 # lookup.h: kinds of `ports`, the flag of a block, the fan of a node and the flags of its children.
 _ANSWER, _TREE, _TABLE = 1 << 30, 2 << 30, 3 << 30
 _BLOCK = 1 << 31
@@ -99,7 +100,7 @@ class Layout:
         heads = np.cumsum(sizes) - sizes
         answer = (sizes == 1) & (length[heads] == 0)
         entries[answer] = _ANSWER | starts[heads[answer]]
-        table = (sizes > FEW) & (version == 4)
+        table = (sizes > (FEW if len(sizes) > _ROOMY else 0)) & ~answer & (version == 4)
         rows, number = _chosen(table, sizes)
         if len(number):
             self._paint(number << 32 | (high[rows] >> np.uint64(32)).astype(np.int64), length[rows], starts[rows])

@@ -8,12 +8,14 @@ import struct
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastrecv import steering_tables
 from fastrecv.bpf import Object, packaged
 from fastrecv.rules import MAX_ALTERNATIVES, MEMBERS, Binding, RuleSetError, compile_rules, destinations_of
 
@@ -151,15 +153,18 @@ def a_packet(draw: st.DrawFn) -> Packet:
     return draw(st.sampled_from(["tcp", "udp"])), draw(near), draw(near), draw(st.sampled_from([*PORTS, 54]))
 
 
+@pytest.mark.parametrize("roomy", [0, 32], ids=["trees-for-few", "tables-for-all"])
 @given(
     bindings=st.lists(a_binding(), max_size=25) | st.lists(a_binding(conditional=False), max_size=25) | crowds(),
     packets=st.lists(a_packet(), min_size=10, max_size=10),
 )
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-def test_the_kernel_decides_as_documented(sockets: Sockets, bindings: list[Binding], packets: list[Packet]) -> None:
+def test_the_kernel_decides_as_documented(
+    sockets: Sockets, roomy: int, bindings: list[Binding], packets: list[Packet]
+) -> None:
     unique = {(b.protocol, b.prefix, b.ports, b.source, b.interface): b for b in bindings}
     chosen = list(unique.values())
-    with loaded(chosen, sockets) as lookup:
+    with mock.patch.object(steering_tables, "_ROOMY", roomy), loaded(chosen, sockets) as lookup:
         for packet in packets:
             protocol, source, destination, port = packet
             found = ask(lookup, PROTOCOLS[protocol], source, destination, port)
