@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import contextlib
+import gc
 import grp
 import pwd
 import signal
 import socket
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from types import FrameType
@@ -166,7 +168,7 @@ def load_bindings(file: Path, dry_run: bool, netns: str | None, bpffs: Path) -> 
     port = 80            # "8000-8999", "any"
     source, interface, on_miss: as for bind
     """  # noqa: D301 - click wants the character
-    with entered(netns):
+    with entered(netns), _uncollected():
         bindings = ruletext.read_file(file)
         with Dispatcher(bpffs=bpffs, read_only=dry_run) as dispatcher:
             change = dispatcher.compare(bindings) if dry_run else dispatcher.replace_bindings(bindings)
@@ -175,6 +177,16 @@ def load_bindings(file: Path, dry_run: bool, netns: str | None, bpffs: Path) -> 
     click.echo(
         f"{len(change.added):,} {would}added, {len(change.removed):,} {would}removed, {len(bindings):,} in the file"
     )
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector, which would search a hundred thousand bindings that all stay, again and again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _tell(change: Change) -> None:
