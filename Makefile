@@ -22,7 +22,7 @@ compare: setup
 	cat bench/receive.md
 	$(BIN)/python -m pytest bench/test_receive.py --benchmark-columns=min,median,iqr,rounds
 
-# What takes minutes: ten million datagrams through one Receiver.
+# What takes minutes: ten million datagrams through one Receiver; swaps, upgrades and kills by the hundred.
 proof: setup
 	$(BIN)/python -m pytest -m proof -s
 

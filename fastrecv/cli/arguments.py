@@ -152,12 +152,5 @@ def entered(netns: str | None) -> Any:
         yield
 
 
-def settle(netns: str | None) -> None:
-    """Go into the namespace that was named, for good: what serves needs no privilege to come back."""
-    if netns is not None:
-        with contextlib.closing(Namespace.open(netns)) as namespace:
-            namespace.settle()
-
-
 def family_of(word: str | None) -> int | None:
     return {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6, None: None}[word]

@@ -6,14 +6,12 @@ import contextlib
 import gc
 import grp
 import pwd
-import signal
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
-from types import FrameType
-from typing import Literal, NoReturn
+from typing import Literal
 
 import click
 
@@ -29,8 +27,8 @@ from fastrecv.cli.arguments import (
     entered,
     family_of,
     place,
-    settle,
 )
+from fastrecv.cli.serving import serve_until_stopped
 from fastrecv.lookup import Dispatcher
 from fastrecv.rules import Destination
 from fastrecv.state import Change, check_label
@@ -316,15 +314,4 @@ def serve(path: Path, owners: dict[str, set[int]], netns: str | None, bpffs: Pat
             return _registered(dispatcher.register(label, sockets))
 
     with handover.Server(path, owners, take, click.echo) as server:
-        signal.signal(signal.SIGTERM, _stop)
-        settle(netns)
-        privileges.keep_only(privileges.CAP_BPF)
-        click.echo(f"serving {path}")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            click.echo("stopped")
-
-
-def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+        serve_until_stopped(server, f"serving {path}", netns, privileges.CAP_BPF)

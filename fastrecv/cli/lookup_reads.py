@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 from datetime import datetime
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from socketserver import ThreadingMixIn
-from types import FrameType
-from typing import NoReturn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import click
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from fastrecv import explain as explaining
-from fastrecv import lookup_life, metrics, pins, privileges, ruletext
+from fastrecv import lookup_life, metrics, pins, ruletext
 from fastrecv.cli import output
-from fastrecv.cli.arguments import ENDPOINT, LABEL_OR_DROP, PORTS, PREFIX, entered, place, settle
+from fastrecv.cli.arguments import ENDPOINT, LABEL_OR_DROP, PORTS, PREFIX, entered, place
+from fastrecv.cli.serving import serve_until_stopped
 from fastrecv.errors import StateError
 from fastrecv.listeners import PROTOCOL_NAMES, PROTOCOLS
 from fastrecv.lookup import COUNTERS, Dispatcher, Serving
@@ -162,20 +160,10 @@ def show_metrics(listen: tuple[IPv4Address | IPv6Address, int] | None, netns: st
     except OSError as error:
         raise StateError(f"cannot listen on {listen[0]} port {listen[1]}: {error.strerror}") from None
     with opened as server:
-        signal.signal(signal.SIGTERM, _stop)
         server.set_app(make_wsgi_app(registry))
-        settle(netns)  # after the server's socket was opened here
-        privileges.keep_only()
         host, port = server.server_address[:2]
-        click.echo(f"serving http://{f'[{host}]' if ':' in host else host}:{port}/metrics")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            click.echo("stopped")
-
-
-def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+        where = f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
+        serve_until_stopped(server, f"serving {where}", netns)
 
 
 @click.command()
