@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+_ALONE = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def main() -> int:
     try:
         from fastrecv.cli.main import run  # noqa: PLC0415 - the commands' libraries are an extra
+        from fastrecv.privileges import OtherThreadsError  # noqa: PLC0415 - the same
     except ImportError as error:
         if error.name and error.name.startswith("fastrecv"):
             reason = str(error)
@@ -15,7 +19,13 @@ def main() -> int:
             reason = f"the commands need {error.name}: pip install 'fastrecv[cli]'"
         print(f"fastrecv: {reason}", file=sys.stderr)
         return 77
-    return run()
+    try:
+        return run()
+    except OtherThreadsError:
+        if os.environ.items() >= _ALONE.items():
+            raise
+        # numpy has started threads for its linear algebra, which would keep every capability: over again, without.
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | _ALONE)  # noqa: S606
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The exceptions of fastrecv: every one is an OSError and carries what to do next."""
+"""The exceptions of fastrecv that the kernel or the state of the host is the cause of: OSErrors that say what to do."""
 
 from __future__ import annotations
 

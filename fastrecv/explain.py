@@ -10,9 +10,8 @@ from typing import Literal, NamedTuple
 
 from fastrecv import bpf
 from fastrecv.errors import BpfError
-from fastrecv.listeners import PROTOCOL_NAMES
 from fastrecv.lookup import Dispatcher
-from fastrecv.rules import Binding, Destination, compile_rules
+from fastrecv.rules import PROTOCOL_NAMES, Binding, Destination, compile_rules
 from fastrecv.state import MAX_DESTINATIONS
 
 __all__ = ["Explanation", "Packet", "explain"]
@@ -53,7 +52,7 @@ def explain(dispatcher: Dispatcher, packet: Packet) -> Explanation:
     """Ask the program of an opened dispatcher by BPF_PROG_TEST_RUN; no live counter moves.
 
     The attached program is asked, which takes no privilege beyond reading the state. Where packet.interface is given a
-    second instance of it is loaded, never attached (CAP_BPF and CAP_NET_ADMIN), because test runs have no interface.
+    second instance of it is loaded, never attached (CAP_BPF), because test runs have no interface.
     """
     with ExitStack() as stack:
         program = dispatcher.program
@@ -101,7 +100,7 @@ def _reason(
         return "drop", "the binding drops it"
     if cookie:
         assert cookie in members, f"the program chose socket sk:{cookie:x}, which is not one of {winner.label}'s"
-        more = f", which stands for {len(members)} registered members of its group" if len(members) > 1 else ""
+        more = f", the first of {len(members)} that are registered" if len(members) > 1 else ""
         return "socket", f"{winner.label} has socket sk:{cookie:x}{more}"
     if members:
         refused = "the kernel refuses its sockets: they are connected, or of another family"

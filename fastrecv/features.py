@@ -25,8 +25,12 @@ __all__ = ["FEATURES", "Feature", "check", "kernel_version"]
 
 @dataclass(frozen=True)
 class Feature:
-    """One thing a kernel may do. kernel : (major, minor) that brought it. privilege : "" where none is needed."""
+    """One thing a kernel may do. part : of fastrecv, that needs it. kernel : (major, minor) that brought it.
 
+    privilege : "" where none is needed.
+    """
+
+    part: str
     name: str
     kernel: tuple[int, int]
     privilege: str
@@ -167,18 +171,24 @@ def _rcu_expedited() -> None:
 FEATURES = {
     feature.name: feature
     for feature in (
-        Feature("network namespaces", (3, 0), "CAP_SYS_ADMIN", _namespace),
-        Feature("veth devices", (2, 6), "CAP_NET_ADMIN and CAP_SYS_ADMIN", _veth),
-        Feature("cookies of network namespaces", (5, 14), "", _cookies),
-        Feature("IPv6", (2, 6), "", _ipv6),
-        Feature("sk_lookup programs", (5, 9), "CAP_BPF and CAP_NET_ADMIN", _sk_lookup),
-        Feature("the dispatcher's program", (5, 17), "CAP_BPF and CAP_NET_ADMIN", _dispatcher),
-        Feature("a BPF file system at /sys/fs/bpf", (4, 4), "", _bpffs),
-        Feature("sockets of other processes", (5, 6), "CAP_SYS_PTRACE for those of other users", _foreign_sockets),
-        Feature("UDP sockets in a SOCKMAP", (5, 7), "CAP_BPF and CAP_NET_ADMIN", _sockmap),
-        Feature("live frames in BPF_PROG_RUN", (5, 18), "CAP_BPF and CAP_NET_ADMIN", _live_frames),
-        Feature("enumeration of BPF links", (5, 8), "CAP_SYS_ADMIN", _bpf_enumeration),
-        Feature("BPF run-time statistics", (5, 8), "CAP_SYS_ADMIN", _bpf_statistics),
-        Feature("expedited RCU grace periods", (3, 19), "root", _rcu_expedited),
+        Feature("bench", "network namespaces", (3, 0), "CAP_SYS_ADMIN", _namespace),
+        Feature("bench", "veth devices", (2, 6), "CAP_NET_ADMIN and CAP_SYS_ADMIN", _veth),
+        Feature("steering", "cookies of network namespaces", (5, 14), "", _cookies),
+        Feature("all", "IPv6", (2, 6), "", _ipv6),
+        Feature("steering", "sk_lookup programs", (5, 9), "CAP_BPF and CAP_NET_ADMIN", _sk_lookup),
+        Feature("steering", "the dispatcher's program", (5, 17), "CAP_BPF and CAP_NET_ADMIN", _dispatcher),
+        Feature("steering", "a BPF file system at /sys/fs/bpf", (4, 4), "", _bpffs),
+        Feature(
+            "steering",
+            "sockets of other processes",
+            (5, 6),
+            "CAP_SYS_PTRACE for those of other users",
+            _foreign_sockets,
+        ),
+        Feature("steering", "UDP sockets in a SOCKMAP", (5, 7), "CAP_BPF and CAP_NET_ADMIN", _sockmap),
+        Feature("bench", "live frames in BPF_PROG_RUN", (5, 18), "CAP_BPF and CAP_NET_ADMIN", _live_frames),
+        Feature("bench", "enumeration of BPF links", (5, 8), "CAP_SYS_ADMIN", _bpf_enumeration),
+        Feature("bench", "BPF run-time statistics", (5, 8), "CAP_SYS_ADMIN", _bpf_statistics),
+        Feature("bench", "expedited RCU grace periods", (3, 19), "root", _rcu_expedited),
     )
 }

@@ -12,7 +12,7 @@ from fastrecv.bpf import Object, Program
 from fastrecv.rules import Binding, compile_rules
 from fastrecv.state import State
 
-__all__ = ["build", "digest", "first", "following", "holds"]
+__all__ = ["PATTERN", "build", "digest", "first", "following", "holds"]
 
 _STEM = "generation-"
 PATTERN = f"{_STEM}*"
@@ -41,7 +41,7 @@ def build(generation: Path, lookup: Object, bindings: Sequence[Binding], state: 
     program = lookup.programs["lookup"]
     state.version, state.program, state.tag = version("fastrecv"), digest(), program.info.tag
     pins.remove(generation)
-    generation.mkdir(pins.DIRECTORY_MODE)
+    pins.make(generation)
     try:
         pins.pin(program, generation / "program")
         pins.write_document(state.encode(), generation / "document")

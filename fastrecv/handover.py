@@ -10,13 +10,17 @@ import os
 import socket
 import socketserver
 import struct
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastrecv import listeners
 from fastrecv.errors import SocketRefusedError, StateError
 from fastrecv.rules import RuleSetError
 from fastrecv.sockets import path_of, remove_path
+from fastrecv.state import check_label
+from fastrecv.threads import BoundedThreads
 
 __all__ = ["Server", "hand_over"]
 
@@ -28,7 +32,7 @@ _PATIENCE = 5.0  # seconds for a peer to say what it wants
 Register = Callable[[str, list[socket.socket]], str]
 
 
-class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+class Server(BoundedThreads, socketserver.UnixStreamServer):
     """Takes sockets from local processes, and registers those whose peer may register for the label.
 
     path : of the socket, which anybody may connect to: what counts is who the kernel says the peer is (SO_PEERCRED).
@@ -38,7 +42,6 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     """
 
     socket_type = socket.SOCK_SEQPACKET
-    daemon_threads = True
 
     def __init__(
         self, path: str | Path, owners: Mapping[str, Collection[int]], register: Register, log: Callable[[str], None]
@@ -46,12 +49,25 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.owners, self.register, self.log = owners, register, log
         self._owned: tuple[int, int, int] | None = None  # the path, once it is ours
         _remove_stale(Path(path))
+        before = os.umask(0)  # open to all from the first moment; a chmod of the path could hit another file
         try:
             super().__init__(str(path), _Request)
         except OSError as error:
             raise StateError(f"cannot serve {path}: {error.strerror or error}") from None
+        finally:
+            os.umask(before)
         self._owned = path_of(self.socket)
-        Path(path).chmod(0o666)
+
+    def verify_request(self, request: Any, _client_address: object) -> bool:
+        """Whether the peer may register for any label at all; the others cost no thread."""
+        _, uid = _peer(request)
+        if uid in (0, os.geteuid()) or any(uid in uids for uids in self.owners.values()):
+            return True
+        request.setblocking(False)
+        with contextlib.suppress(OSError):
+            request.send(f"no uid {uid} may not register for any label".encode())
+        self.log(f"? from process {_peer(request)[0]}, uid {uid}: refused: it may not register for any label")
+        return False
 
     def server_close(self) -> None:
         remove_path(self.socket, self._owned)
@@ -64,11 +80,20 @@ def _remove_stale(path: Path) -> None:
         return  # bind says what is wrong with it
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         try:
+            probe.setblocking(False)
             probe.connect(str(path))
         except ConnectionRefusedError:
             path.unlink()
-        else:
-            raise StateError(f"{path} is served already")
+            return
+        except BlockingIOError:
+            pass  # its queue is full
+        raise StateError(f"{path} is served already")
+
+
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """Process and user id of the peer, by the kernel (SO_PEERCRED, unix(7))."""
+    pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid
 
 
 class _Request(socketserver.BaseRequestHandler):
@@ -77,21 +102,24 @@ class _Request(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         self.request.settimeout(_PATIENCE)
-        credentials = self.request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        pid, uid, _ = struct.unpack("3i", credentials)
+        pid, uid = _peer(self.request)
         label = "?"
         with contextlib.ExitStack() as stack:
             try:
                 said, descriptors, flags, _ = socket.recv_fds(self.request, _MAX_LABEL + 1, _MAX_DESCRIPTORS)
                 for fd in descriptors:
                     stack.callback(os.close, fd)
+                if not said:
+                    return  # it only looked whether anybody is here
+                check_label(said.decode())
                 label = said.decode()
                 answer = "ok " + self._answer(label, uid, descriptors, flags, stack)
             except (OSError, RuleSetError, UnicodeDecodeError) as error:
                 answer = f"no {error}"
             with contextlib.suppress(OSError):
                 self.request.send(answer.encode()[:_MAX_ANSWER])
-        self.server.log(f"{label} from process {pid}, uid {uid}: {answer}")
+        word, _, text = answer.partition(" ")
+        self.server.log(f"{label} from process {pid}, uid {uid}: {'registered' if word == 'ok' else 'refused:'} {text}")
 
     def _answer(self, label: str, uid: int, descriptors: list[int], flags: int, stack: contextlib.ExitStack) -> str:
         if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
@@ -99,8 +127,22 @@ class _Request(socketserver.BaseRequestHandler):
         if uid not in (0, os.geteuid()) and uid not in self.server.owners.get(label, ()):
             raise SocketRefusedError(f"uid {uid} may not register for {label!r}")
         if not descriptors:
-            raise SocketRefusedError("no socket came with the request")
+            raise SocketRefusedError("the request came without a socket")
         return self.server.register(label, stack.enter_context(listeners.of_descriptors(descriptors)))
+
+
+def _connect(connection: socket.socket, path: str) -> None:
+    """Connect, and while the queue of a server is full, again: AF_UNIX says so at once."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            connection.connect(path)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def hand_over(path: str | Path, label: str, sockets: Sequence[socket.socket]) -> str:
@@ -108,16 +150,24 @@ def hand_over(path: str | Path, label: str, sockets: Sequence[socket.socket]) ->
 
     Needs no privilege but the server's consent. The sockets stay open here, and serve as long as they are.
     """
-    if not label or len(label.encode()) > _MAX_LABEL:
-        raise RuleSetError(f"label {label!r}: give 1 to {_MAX_LABEL} bytes")
+    check_label(label)
+    if len(sockets) > _MAX_DESCRIPTORS:
+        raise SocketRefusedError(f"{len(sockets)} sockets, {_MAX_DESCRIPTORS} at most are handed over at once")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(4 * _PATIENCE)
         try:
-            connection.connect(str(path))
-        except (FileNotFoundError, ConnectionRefusedError):
-            raise StateError(f"nobody serves {path}: start `fastrecv lookup serve {path}`") from None
-        socket.send_fds(connection, [label.encode()], [sock.fileno() for sock in sockets])
-        word, _, answer = connection.recv(_MAX_ANSWER + 4).decode().partition(" ")
+            _connect(connection, str(path))
+        except OSError as error:
+            raise StateError(f"nobody serves {path} ({error.strerror}): start `fastrecv lookup serve {path}`") from None
+        try:
+            socket.send_fds(connection, [label.encode()], [sock.fileno() for sock in sockets])
+            word, _, answer = connection.recv(_MAX_ANSWER).decode(errors="replace").partition(" ")
+        except ConnectionError:  # it has hung up before it was asked
+            raise SocketRefusedError(f"uid {os.geteuid()} may not register for any label") from None
+        except TimeoutError:
+            raise StateError(
+                f"{path} has not answered within {4 * _PATIENCE:.0f} s: see whether it registers"
+            ) from None
     if word != "ok":
         raise SocketRefusedError(answer or "the server ended before it answered")
     return answer

@@ -10,17 +10,16 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from errno import EACCES, EBADF, ENOTSOCK, EPERM, ESRCH
-from ipaddress import IPv4Address, IPv6Address
+from errno import EACCES, EBADF, EINVAL, ENOENT, ENOTSOCK, EPERM, ESRCH
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 from fastrecv.errors import SocketRefusedError
 from fastrecv.netns import cookie_of as namespace_of
-from fastrecv.rules import Destination
+from fastrecv.rules import PROTOCOL_NAMES, Destination
 
 __all__ = [
-    "PROTOCOLS",
-    "PROTOCOL_NAMES",
+    "UNNAMED",
     "by_destination",
     "check_tracing",
     "cookie_of",
@@ -30,14 +29,12 @@ __all__ = [
     "of_process",
 ]
 
-PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
-PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
-
 # include/uapi/asm-generic/socket.h
 _SO_ACCEPTCONN, _SO_PROTOCOL, _SO_COOKIE = 30, 38, 57
 _IPPROTO_MPTCP = 262  # include/uapi/linux/in.h
 _PIDFD_GETFD = 438  # include/uapi/asm-generic/unistd.h: one number on all architectures
 _FIRST_FD = 3  # sd_listen_fds(3)
+UNNAMED = "unknown"  # what sd_listen_fds_with_names(3) calls them
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -147,7 +144,7 @@ def from_systemd(environment: Mapping[str, str] = os.environ) -> list[tuple[str,
     """Names and numbers of the descriptors that systemd has passed to this process (sd_listen_fds(3)).
 
     LISTEN_PID must be this process, so that a child does not take what was meant for its parent. Without
-    LISTEN_FDNAMES, the names are "unknown". Empty where nothing was passed; SocketRefusedError where it is malformed.
+    LISTEN_FDNAMES, the names are UNNAMED. Empty where nothing was passed; SocketRefusedError where it is malformed.
     """
     count = environment.get("LISTEN_FDS")
     if count is None:
@@ -157,12 +154,12 @@ def from_systemd(environment: Mapping[str, str] = os.environ) -> list[tuple[str,
         raise SocketRefusedError(
             f"LISTEN_PID is {meant or 'not set'}, this is process {os.getpid()}: the sockets are another's; use exec"
         )
-    if not count.isdecimal() or int(count) > 1 << 16:
-        raise SocketRefusedError(f"LISTEN_FDS is {count!r}: not a number of descriptors")
+    if not count.isdecimal() or len(count) > 5:
+        raise SocketRefusedError(f"LISTEN_FDS is {count[:20]!r}: not a number of descriptors")
     names = environment.get("LISTEN_FDNAMES", "").split(":") if environment.get("LISTEN_FDNAMES") else []
     if names and len(names) != int(count):
         raise SocketRefusedError(f"LISTEN_FDNAMES names {len(names)} descriptors, LISTEN_FDS says {count}")
-    return [(names[i] if names else "unknown", _FIRST_FD + i) for i in range(int(count))]
+    return [(names[i] if names else UNNAMED, _FIRST_FD + i) for i in range(int(count))]
 
 
 @contextlib.contextmanager
@@ -180,28 +177,26 @@ def of_process(pid: int, protocol: int, address: IPv4Address | IPv6Address, port
         try:
             process = os.pidfd_open(pid)
         except OSError as error:
-            if error.errno == ESRCH:
+            if error.errno in (ESRCH, ENOENT, EINVAL):  # the last two: a thread's id
                 raise SocketRefusedError(f"there is no process {pid}") from None
             raise
         stack.callback(os.close, process)
         found: list[socket.socket] = []
         connected: list[socket.socket] = []
-        others: list[str] = []
+        others: set[str] = set()
         seen: set[int] = set()
         for fd in _sockets_of(pid):
             copy = _copied(process, fd)
             if copy is None:
                 continue
-            stack.enter_context(copy)
-            if copy.family not in (socket.AF_INET, socket.AF_INET6) or cookie_of(copy) in seen:
-                continue  # an inherited socket has several descriptors
-            seen.add(cookie_of(copy))
-            host, bound = copy.getsockname()[:2]
-            named = (host.partition("%")[0], bound) == (str(address), port)
-            if named and _protocol(copy) in kinds:
+            if _is_candidate(copy, kinds, address, port) and cookie_of(copy) not in seen:
+                stack.enter_context(copy)
+                seen.add(cookie_of(copy))  # an inherited socket has several descriptors
                 (connected if _has_peer(copy) else found).append(copy)
-            elif bound and not _has_peer(copy):
-                others.append(described(copy))
+                continue
+            with copy:  # at once: a busy server has thousands
+                if copy.family in (socket.AF_INET, socket.AF_INET6) and not _has_peer(copy) and copy.getsockname()[1]:
+                    others.add(described(copy))
         if not found and connected:
             found = connected  # to be refused for what it is
         if not found:
@@ -210,6 +205,18 @@ def of_process(pid: int, protocol: int, address: IPv4Address | IPv6Address, port
                 f"{', '.join(sorted(others)) or 'none that could be registered'}"
             )
         yield found
+
+
+def _is_candidate(sock: socket.socket, kinds: tuple[int, ...], address: IPv4Address | IPv6Address, port: int) -> bool:
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or _protocol(sock) not in kinds:
+        return False
+    host, bound = sock.getsockname()[:2]
+    return bound == port and _plain(ip_address(host.partition("%")[0])) == _plain(address)
+
+
+def _plain(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+    """IPv4 addresses as such: some programs bind them in IPv6 sockets."""
+    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
 
 
 def _sockets_of(pid: int) -> list[int]:
@@ -261,7 +268,11 @@ def _copied(process: int, fd: int) -> socket.socket | None:
 
 def _may_not_trace(pid: int | None) -> PermissionError:
     who = "the process" if pid is None else f"process {pid}"
-    return PermissionError(EPERM, f"the sockets of {who} are not yours to take: run as root, or with CAP_SYS_PTRACE")
+    return PermissionError(
+        EPERM,
+        f"the sockets of {who} are not yours to take: that needs CAP_SYS_PTRACE, "
+        "or its user and all capabilities that it has",
+    )
 
 
 def _has_peer(sock: socket.socket) -> bool:

@@ -36,11 +36,12 @@ from fastrecv.netns import Namespace
 from fastrecv.rules import Binding, Destination, compile_rules
 from fastrecv.state import DROP, Change, State, check_label, key_of
 
-__all__ = ["BPFFS", "COUNTERS", "Dispatcher", "PathLike", "Serving", "directory_of"]
+__all__ = ["BPFFS", "COUNTERS", "ERRORS", "Dispatcher", "PathLike", "Serving", "directory_of"]
 
 BPFFS = Path("/sys/fs/bpf")
 COUNTERS = ("lookups", "misses", "unfit", "family", "taken", "other")
 """Of a destination: struct counters of bpf/lookup.h."""
+ERRORS = COUNTERS[2:]
 
 _ANEW = "`fastrecv lookup unload`, then load, bind and register anew"
 
@@ -71,8 +72,8 @@ class Dispatcher:
     StateError where nothing is loaded, where it is not this version's, and where the lock is not to be had: the message
     names who holds it.
 
-    Privileges: those of the pins' owner to change it, with CAP_BPF and CAP_NET_ADMIN for whatever changes bindings;
-    those of their group to read. Linux 5.17 (ingress_ifindex).
+    Privileges: those of the pins' owner to change it, with CAP_BPF for whatever changes bindings; those of their group
+    to read. Linux 5.17 (ingress_ifindex).
 
     Attributes: cookie, of the namespace; state, what the dispatcher has been told (fastrecv.state.State); program,
     attached; sockets, a SOCKMAP.
@@ -110,14 +111,14 @@ class Dispatcher:
     def _read(self, adopt: bool) -> None:
         self._link = self._linked()
         self._generation = self._in_force()
-        if not self._read_only:
-            self._heal()
         self.program = Program.open(self._generation / "program", read_only=self._read_only)
         self._held.callback(self._close_program)
         self.state = State.decode(pins.read_document(self._generation / "document"))
         self.sockets, self._counts = self._maps()
         self._check(adopt)
         self._members = Members(self.sockets)
+        if not self._read_only:
+            self._heal()
 
     def _linked(self) -> Link | None:
         """The link, which the kernel opens to nobody who may not change it; None for a mere reader."""
@@ -271,12 +272,16 @@ class Dispatcher:
         label had for the same family and protocol goes, or stays with `add`. A dual-stack socket serves IPv4, too,
         where no IPv4 socket is given. The caller keeps its sockets; they serve as long as any process holds them.
 
-        SocketRefusedError where one cannot be taken. Takes write access to the pins, and CAP_BPF where the label is
-        neither bound nor registered yet.
+        SocketRefusedError, with nothing changed, where one cannot be taken. Takes write access to the pins, and CAP_BPF
+        where the label is neither bound nor registered yet.
         """
         self._writable()
         check_label(label)
-        found = listeners.by_destination(label, sockets, self.cookie)
+        given = listeners.by_destination(label, sockets, self.cookie)
+        found = {destination: self._members.fitting(group) for destination, group in given.items()}
+        if add:
+            for destination in found.keys() & self.state.numbers.keys():
+                self._members.room(self.state.numbers[destination], found[destination])
         state = copy.copy(self.state)
         new = state.add(found)
         if new:

@@ -10,8 +10,8 @@ from fastrecv import bpf, generations, pins
 from fastrecv.bpf import Link
 from fastrecv.errors import BpfError, StateError
 from fastrecv.lookup import BPFFS, PathLike, directory_of
+from fastrecv.members import PLACES
 from fastrecv.netns import Namespace
-from fastrecv.rules import MEMBERS
 from fastrecv.state import MAX_DESTINATIONS, State
 
 __all__ = ["load", "remnants", "unload"]
@@ -30,9 +30,9 @@ def load(
     with contextlib.closing(Namespace.open(netns)) as namespace:
         directory = directory_of(root, namespace.cookie)
         with pins.locked(directory, exclusive=True, create=True, timeout=timeout):
-            if (directory / "link").exists():
+            if not _over(directory):
                 raise StateError("a dispatcher is loaded in this network namespace already")
-            for entry in directory.iterdir():  # of a load that was killed
+            for entry in directory.iterdir():  # of a load that was killed, or a program that was detached since
                 pins.remove(entry)
             try:
                 if group is not None:
@@ -46,7 +46,7 @@ def load(
 
 def _load(directory: Path, namespace: Namespace) -> None:
     with bpf.packaged("lookup") as lookup:
-        lookup.maps["sockets"].max_entries = MEMBERS * MAX_DESTINATIONS
+        lookup.maps["sockets"].max_entries = PLACES
         lookup.maps["counts"].max_entries = MAX_DESTINATIONS
         generation = generations.first(directory)
         generations.build(generation, lookup, [], State.empty())

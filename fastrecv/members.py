@@ -9,10 +9,14 @@ from errno import EBUSY, EINVAL
 
 from fastrecv.bpf import Map
 from fastrecv.errors import BpfError, SocketRefusedError
-from fastrecv.listeners import cookie_of
+from fastrecv.listeners import cookie_of, described
 from fastrecv.rules import MEMBERS
+from fastrecv.state import MAX_DESTINATIONS
 
-__all__ = ["Members"]
+__all__ = ["PLACES", "Members"]
+
+SPARE = MEMBERS * MAX_DESTINATIONS  # the place of no destination
+PLACES = SPARE + 1
 
 
 class Members:
@@ -29,42 +33,53 @@ class Members:
                 found[place] = int(self._sockets[place])
         return found
 
+    def fitting(self, group: Sequence[socket.socket]) -> list[socket.socket]:
+        """Those of a group that the map takes, tried in a place of no destination.
+
+        Members that a REUSEPORT_SOCKARRAY holds are passed over; SocketRefusedError where none is left.
+        """
+        found = []
+        for member in group:
+            try:
+                self._sockets.update([SPARE], [member.fileno()])
+            except BpfError as error:
+                if error.errno != EBUSY:  # a socket is in one REUSEPORT_SOCKARRAY or in SOCKMAPs
+                    raise SocketRefusedError(f"{described(member)}: {error.strerror}") from None
+                continue
+            found.append(member)
+        self._empty([SPARE])
+        if not found:
+            raise SocketRefusedError(
+                f"{described(group[0])}: a REUSEPORT_SOCKARRAY holds the socket, a program balances its group. "
+                "Register an anchor: one more of the group (SO_REUSEPORT, same address, same user) that is in no slot"
+            )
+        return found
+
     def present(self, numbers: Iterable[int]) -> dict[int, list[int]]:
         """Cookies of the sockets of those destinations that have any, by number."""
         found = {number: list(self.places(number).values()) for number in numbers}
         return {number: cookies for number, cookies in found.items() if cookies}
 
-    def put(self, number: int, group: Sequence[socket.socket], add: bool) -> None:
-        """Give the places to a socket or a group: the new are there before the old go, which stay with `add`.
+    def room(self, number: int, group: Sequence[socket.socket]) -> None:
+        """SocketRefusedError where no place is free to add one of a group that is not there yet."""
+        taken = self.places(number)
+        if len(taken) == MEMBERS and any(cookie_of(member) not in taken.values() for member in group):
+            raise SocketRefusedError(f"{MEMBERS} sockets are registered there already, no more are kept")
 
-        More members than there are places are passed over, and so are those that a REUSEPORT_SOCKARRAY holds, if any
-        is left. SocketRefusedError, with nothing changed, if not.
+    def put(self, number: int, group: Sequence[socket.socket], add: bool) -> None:
+        """Give the places to a socket or a group, as many as there are places; the rest is passed over.
+
+        The new are there before the old go; with `add` those stay.
         """
         taken = self.places(number)
-        free = list(range(number * MEMBERS, (number + 1) * MEMBERS))
+        places = list(range(number * MEMBERS, (number + 1) * MEMBERS))
         if add:
             group = [member for member in group if cookie_of(member) not in taken.values()]
-            free = [place for place in free if place not in taken]
-            if group and not free:
-                raise SocketRefusedError(f"{MEMBERS} sockets are registered there already, no more are kept")
-        balanced, used = False, 0
-        for member in group:
-            if used == len(free):
-                break
-            try:
-                self._sockets.update([free[used]], [member.fileno()])
-                used += 1
-            except BpfError as error:
-                if error.errno != EBUSY:  # a socket is in one REUSEPORT_SOCKARRAY or in SOCKMAPs
-                    raise
-                balanced = True
-        if balanced and not used:
-            raise SocketRefusedError(
-                "a REUSEPORT_SOCKARRAY holds the socket: a program balances its group. Register an anchor: one more "
-                "socket of the group (SO_REUSEPORT, same address, same user) that is in no slot"
-            )
+            places = [place for place in places if place not in taken]
+        for place, member in zip(places, group, strict=False):
+            self._sockets.update([place], [member.fileno()])
         if not add:
-            self._empty(place for place in free[used:] if place in taken)
+            self._empty(place for place in places[len(group) :] if place in taken)
 
     def clear(self, number: int) -> None:
         self._empty(self.places(number))

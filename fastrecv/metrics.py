@@ -11,13 +11,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fastrecv.listeners import PROTOCOL_NAMES
-from fastrecv.lookup import BPFFS, Dispatcher
+from fastrecv.lookup import BPFFS, ERRORS, Dispatcher
+from fastrecv.rules import PROTOCOL_NAMES
 
 __all__ = ["DispatcherCollector", "text"]
 
 _NAMES = ("label", "family", "protocol")
-_ERRORS = ("unfit", "family", "taken", "other")
 
 
 class DispatcherCollector(Collector):
@@ -65,7 +64,7 @@ def _families(dispatcher: Dispatcher) -> Iterator[Metric]:
             continue
         misses.add_metric(labels, counters["misses"])
         sockets.add_metric(labels, len(members))
-        for reason in _ERRORS:
+        for reason in ERRORS:
             errors.add_metric([*labels, reason], counters[reason])
     yield from (bindings, lookups, misses, errors, sockets)
 

@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 import warnings
-from errno import EINVAL, ENOPROTOOPT
+from errno import EINVAL, ENOPROTOOPT, EPERM
 from typing import Self
 
 from fastrecv.errors import NotSupported
@@ -30,7 +30,8 @@ def _call(name: str, *arguments: int) -> None:
     """unshare(2) and setns(2), which Python has only since 3.12."""
     if getattr(_libc, name)(*arguments) < 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"{name}: {os.strerror(code)}")
+        cure = " (needs CAP_SYS_ADMIN)" if code == EPERM else ""
+        raise OSError(code, f"{name}: {os.strerror(code)}{cure}")
 
 
 def cookie_of(sock: socket.socket) -> int:

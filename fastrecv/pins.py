@@ -26,6 +26,7 @@ __all__ = [
     "checked_root",
     "give_to",
     "locked",
+    "make",
     "pin",
     "point",
     "read_document",
@@ -54,11 +55,20 @@ def checked_root(bpffs: Path, create: bool = False) -> Path:
     if create:
         with contextlib.suppress(FileExistsError):
             root.mkdir(0o755)
-    with contextlib.suppress(FileNotFoundError, PermissionError):
-        owner = root.stat().st_uid
-        if owner not in (0, os.geteuid()):
-            raise StateError(f"{root} belongs to uid {owner}, who could keep everybody out: remove it")
+            root.chmod(0o755)  # whatever the caller's umask is
+    with contextlib.suppress(FileNotFoundError):
+        _refuse_strangers(root, root.lstat())
     return root
+
+
+def _refuse_strangers(directory: Path, status: os.stat_result) -> None:
+    """StateError where others than root and the caller could put something else in a directory's place, or into it."""
+    trusted = status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+    if not (stat.S_ISDIR(status.st_mode) and trusted):
+        raise StateError(
+            f"{directory} belongs to uid {status.st_uid}, or others may write there, who could keep everybody out: "
+            "remove it"
+        )
 
 
 def check_mounted(bpffs: Path) -> None:
@@ -67,13 +77,14 @@ def check_mounted(bpffs: Path) -> None:
         device = os.stat(bpffs).st_dev  # noqa: PTH116 - st_dev is what mountinfo names
     except FileNotFoundError:
         raise StateError(f"{bpffs} does not exist: give the mount point of a BPF file system with --bpffs") from None
-    number = f"{os.major(device)}:{os.minor(device)}"
-    kinds = {
-        fields[2]: fields[fields.index("-") + 1]  # proc(5), mountinfo
-        for fields in map(str.split, Path("/proc/self/mountinfo").read_text().splitlines())
-    }
-    if kinds.get(number) != "bpf":
-        raise StateError(f"{bpffs} is no BPF file system: mount -t bpf bpf {bpffs}")
+    number = f"{os.major(device)}:{os.minor(device)}".encode()
+    kinds = {}
+    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n"):  # proc(5); mount points may hold any bytes
+        fields = line.split(b" ")
+        if b"-" in fields:
+            kinds[fields[2]] = fields[fields.index(b"-") + 1]
+    if kinds.get(number) != b"bpf":
+        raise StateError(f"{bpffs} is no BPF file system: mount -t bpf bpf {bpffs}, or say with --bpffs where one is")
 
 
 @contextlib.contextmanager
@@ -87,14 +98,15 @@ def locked(directory: Path, *, exclusive: bool, create: bool = False, timeout: f
     while True:
         if create:
             with contextlib.suppress(FileExistsError):
-                directory.mkdir(DIRECTORY_MODE)
+                make(directory)
         try:
-            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             if create:  # somebody has removed it since
                 continue
             raise
         try:
+            _refuse_strangers(directory, os.fstat(fd))
             _lock(fd, directory, exclusive, deadline)
             if _is(fd, directory):
                 yield
@@ -132,11 +144,20 @@ def _holders(fd: int) -> str:
     for fields in map(str.split, Path("/proc/locks").read_text().splitlines()):
         if fields[1] == "FLOCK" and fields[5] == place:
             try:
-                name = Path("/proc", fields[4], "comm").read_text().strip()
+                said = Path("/proc", fields[4], "comm").read_text(errors="replace")
+                name = "".join(filter(str.isprintable, said))
             except OSError:
                 name = "of another pid namespace" if fields[4] == "0" else "gone"
             found.append(f"process {fields[4]} ({name})")
     return ", ".join(found) or "somebody who has just let go"
+
+
+def make(directory: Path) -> None:
+    """Make a directory for its owner to change and its group to read, whatever the caller's umask is."""
+    directory.mkdir(DIRECTORY_MODE)
+    mode = stat.S_IMODE(directory.stat().st_mode)
+    if mode & 0o777 != DIRECTORY_MODE:  # only then: who is not of the group may not keep S_ISGID
+        directory.chmod(DIRECTORY_MODE | mode & stat.S_ISGID)
 
 
 def give_to(directory: Path, group: int) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from pathlib import Path
 
-__all__ = ["CAP_BPF", "keep_only"]
+__all__ = ["CAP_BPF", "OtherThreadsError", "keep_only", "refuse_threads"]
 
 CAP_BPF = 39  # include/uapi/linux/capability.h
 _VERSION_3 = 0x20080522  # the same
@@ -14,11 +15,17 @@ _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4  # 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+class OtherThreadsError(RuntimeError):
+    """Capabilities are a thread's own, and there are other threads."""
+
+
 def keep_only(*capabilities: int) -> None:
     """Give up every capability but these, for good; threads that the caller starts afterwards have no more.
 
-    Those of `capabilities` that the caller does not have stay missing.
+    Those of `capabilities` that the caller does not have stay missing. OtherThreadsError where there are other
+    threads: each has capabilities of its own. What a user may do by his id, root above all, he still may.
     """
+    refuse_threads()
     header = ctypes.create_string_buffer(struct.pack("Ii", _VERSION_3, 0))
     before = ctypes.create_string_buffer(24)
     _checked("capget", _libc.capget(header, before))
@@ -34,3 +41,13 @@ def _checked(name: str, result: int) -> None:
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")
+
+
+def refuse_threads() -> None:
+    """OtherThreadsError where a library, or the caller, has started a thread: `keep_only` could not reach it."""
+    if _threads() > 1:
+        raise OtherThreadsError("other threads would keep their capabilities")
+
+
+def _threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))

@@ -24,10 +24,13 @@ __all__ = [
     "MAX_ALTERNATIVES",
     "MAX_EXPANDED",
     "MEMBERS",
+    "PROTOCOLS",
+    "PROTOCOL_NAMES",
     "Binding",
     "Destination",
     "RuleSetError",
     "Tables",
+    "bound_twice",
     "compile_rules",
     "destinations_of",
 ]
@@ -40,7 +43,8 @@ MAX_ALTERNATIVES = 32  # CONDITIONS of lookup.h
 MAX_EXPANDED = 4_000_000  # bindings, each counted once for every set of ports that is treated alike
 MAX_TABLES = 1024  # IPv4 tables of 256 KiB: sets of ports with more than a few prefixes
 _LAST, _DROP, _PASS = 1, 2, 4  # flags of a rule in lookup.h
-_PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
+PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
+PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
 
 
 class Destination(NamedTuple):
@@ -73,12 +77,18 @@ class Binding:
     on_miss: Literal["drop", "pass"] = "drop"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prefix, (IPv4Network, IPv6Network)):
+            raise TypeError(f"the prefix is {self.prefix!r}: give an ipaddress.ip_network")
+        if not isinstance(self.ports, tuple) or len(self.ports) != 2:
+            raise TypeError(f"the ports are {self.ports!r}: give (first, last)")
         if self.protocol not in ("tcp", "udp", "any"):
             raise RuleSetError(f"protocol {self.protocol!r}: give tcp, udp or any")
         first, last = self.ports
         if not 0 <= first <= last <= 65535:
             raise RuleSetError(f"ports {first}-{last}: give 0 to 65535, the first not above the last")
-        if self.source is not None and self.source.version != self.prefix.version:
+        if self.source is not None and self.source.prefixlen == 0:
+            object.__setattr__(self, "source", None)  # any source is none in particular
+        elif self.source is not None and self.source.version != self.prefix.version:
             raise RuleSetError(f"source {self.source} and prefix {self.prefix} are of different IP versions")
 
     @property
@@ -100,12 +110,20 @@ _Link = tuple[int, int]  # of a chain: the numbers of what a binding asks for, a
 _Rule = tuple[int, int, int, bytes, bytes]  # as in RULE
 
 
+def bound_twice(one: Binding, other: Binding) -> RuleSetError:
+    first, last = one.ports
+    ports = f"port {first}" if first == last else f"ports {first}-{last}"
+    return RuleSetError(
+        f"{one.protocol} {one.prefix} {ports} is bound twice, to {one.label or 'drop'} and to {other.label or 'drop'}"
+    )
+
+
 def destinations_of(bindings: Iterable[Binding]) -> list[Destination]:
     """The destinations that bindings lead to, each once, in the order in which they first do."""
     found: dict[Destination, None] = {}
     for label, version, named in dict.fromkeys(map(attrgetter("label", "prefix.version", "protocol"), bindings)):
         family = socket.AF_INET if version == 4 else socket.AF_INET6
-        for name, protocol in _PROTOCOLS.items():
+        for name, protocol in PROTOCOLS.items():
             if named in (name, "any"):
                 found[Destination(label, family, protocol)] = None
     return list(found)
@@ -126,7 +144,7 @@ def compile_rules(bindings: Sequence[Binding], destinations: Mapping[Destination
     for family in families:
         answers: list[_Answers] = []
         runs: list[tuple[int, int, int]] = []  # first and last of `ports`, and the place of their answers
-        for second, (name, protocol) in enumerate(_PROTOCOLS.items()):
+        for second, (name, protocol) in enumerate(PROTOCOLS.items()):
             start = ((family.version == 6) << 17) + (second << 16)
             members = family.by_ports(name)
             known: dict[frozenset[Ports], int] = {}
@@ -345,5 +363,4 @@ def _refuse_ambiguous(bindings: Iterable[Binding]) -> None:
         asked = binding.prefix, binding.ports, binding.source, binding.interface, binding.protocol
         other = seen.setdefault(asked, binding)
         if other.label != binding.label:
-            raise RuleSetError(f"{binding.prefix} ports {binding.ports[0]}-{binding.ports[1]} is bound twice, to "
-                               f"{other.label} and to {binding.label}")  # fmt: skip
+            raise bound_twice(other, binding)

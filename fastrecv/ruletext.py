@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import sys
 import tomllib
 from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network, ip_interface, ip_network
@@ -16,11 +17,24 @@ import msgspec
 from fastrecv.rules import Binding, RuleSetError
 from fastrecv.state import DROP, check_label
 
-__all__ = ["Protocol", "binding", "dumped", "interface_name", "ports", "ports_text", "prefix", "read_file", "text"]
+__all__ = [
+    "STDIN",
+    "Protocol",
+    "binding",
+    "dumped",
+    "interface_index",
+    "interface_name",
+    "ports",
+    "ports_text",
+    "prefix",
+    "read_file",
+    "text",
+]
 
 Protocol = Literal["tcp", "udp", "any"]
 Network = IPv4Network | IPv6Network
 _ANY_PORT = (0, 65535)
+STDIN = Path("-")
 _LIKE_PORTS = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?")
 
 
@@ -28,7 +42,7 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     """A binding in a file."""
 
     label: str
-    protocol: Protocol
+    protocol: str
     prefix: str
     port: int | str
     source: str | None = None
@@ -43,6 +57,8 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 def prefix(word: str) -> IPv4Network | IPv6Network:
     """192.0.2.0/24, or one address. RuleSetError with what is meant where an address inside the prefix is given."""
     address, _, length = word.partition("/")
+    if word in ("0.0.0.0", "::"):  # noqa: S104 - somebody means every address
+        raise RuleSetError(f"{word!r} is one address that no packet is for: give {word}/0 for every address")
     try:  # half the time that ip_network takes
         if ":" in address:
             found: Network = IPv6Network((socket.inet_pton(socket.AF_INET6, address), _length(length)))
@@ -88,10 +104,11 @@ def ports(word: str | int) -> tuple[int, int]:
 
 def interface_index(word: str | int) -> int:
     """The index of an interface of the calling thread's namespace, by its name or itself."""
-    with contextlib.suppress(OSError, ValueError):  # more digits than int() takes, a NUL in a name
-        index = int(word) if isinstance(word, int) or word.isdecimal() else socket.if_nametoindex(word)
-        if 0 < index < 1 << 31:
-            return index
+    with contextlib.suppress(OSError, ValueError, OverflowError):  # more digits than int() takes, a NUL in a name
+        if isinstance(word, str) and not word.isdecimal():
+            return socket.if_nametoindex(word)
+        socket.if_indextoname(int(word))
+        return int(word)
     raise RuleSetError(f"there is no interface {word!r}: give its name or index")
 
 
@@ -112,14 +129,14 @@ def binding(
 
 
 def read_file(path: Path) -> list[Binding]:
-    """The bindings of a JSON or (*.toml) TOML file. RuleSetError says which entry is wrong and how."""
+    """The bindings of a JSON or (*.toml) TOML file, or of JSON on STDIN. RuleSetError says which is wrong and how."""
     try:
-        data = path.read_bytes()
+        data = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
         if path.suffix == ".toml":
             content = msgspec.convert(tomllib.loads(data.decode()), _File)
         else:
             content = msgspec.json.decode(data, type=_File)
-    except (msgspec.DecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:  # ValueError: what TOML and UTF-8 can be
         read_as = "" if path.suffix in (".json", ".toml") else " (read as JSON; the name of a TOML file ends in .toml)"
         raise RuleSetError(f"{path}: {error}{read_as}") from None
     found = []
@@ -127,12 +144,19 @@ def read_file(path: Path) -> list[Binding]:
         try:
             if entry.label != DROP:
                 check_label(entry.label)
-            source = None if entry.source is None else prefix(entry.source)
-            found.append(binding(entry.label, entry.protocol, prefix(entry.prefix), ports(entry.port), source,
-                                 entry.interface, entry.on_miss))  # fmt: skip
+            found.append(binding(
+                entry.label, _protocol(entry.protocol), prefix(entry.prefix), ports(entry.port),
+                None if entry.source is None else prefix(entry.source), entry.interface, entry.on_miss,
+            ))  # fmt: skip
         except RuleSetError as error:
             raise RuleSetError(f"{path}, bindings[{number}]: {error}") from None
     return found
+
+
+def _protocol(word: str) -> Protocol:
+    if word not in ("tcp", "udp", "any"):
+        raise RuleSetError(f"{word!r} is no protocol: give tcp, udp or any")
+    return word  # type: ignore[return-value] # one of the three
 
 
 def ports_text(found: tuple[int, int]) -> str:

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from fastrecv.errors import StateError
-from fastrecv.listeners import PROTOCOLS
-from fastrecv.rules import Binding, Destination, RuleSetError, destinations_of
+from fastrecv.rules import PROTOCOLS, Binding, Destination, RuleSetError, bound_twice, destinations_of
 
 __all__ = ["DROP", "FORMAT", "MAX_BINDINGS", "MAX_DESTINATIONS", "Change", "Key", "State", "check_label", "key_of"]
 
@@ -21,6 +20,8 @@ FORMAT = 1  # of the document and of the maps beside it; another number is anoth
 MAX_BINDINGS = 1_000_000
 MAX_DESTINATIONS = 4096  # (label, family, protocol) with bindings or sockets
 _REST = 60.0  # seconds until a number is given out again: no packet is under way in a program for so long
+
+_ANEW = "`fastrecv lookup unload`, then load, bind and register anew"
 
 Key = tuple[str, bytes, int, int, int, bytes, int, int]
 """What makes a binding this one and no other: everything but its label and what becomes of misses."""
@@ -33,8 +34,9 @@ DROP = "drop"
 def check_label(label: str | None) -> None:
     """RuleSetError for what cannot be a label: 1 to 255 bytes, printable and without spaces, other than "drop"."""
     if not label or not label.isprintable() or " " in label or len(label.encode()) > 255:
-        raise RuleSetError(f"label {label!r}: give 1 to 255 bytes, printable and without spaces")
-    if label == DROP:
+        shown = repr(label) if len(label or "") <= 40 else f"{label[:40]!r}..."  # type: ignore[index]
+        raise RuleSetError(f"label {shown}: give 1 to 255 bytes, printable and without spaces")
+    if label.lower() == DROP:
         raise RuleSetError("'drop' is a verdict, not a label: choose another name")
 
 
@@ -110,13 +112,19 @@ class State(msgspec.Struct, forbid_unknown_fields=True):
     @classmethod
     def decode(cls, data: bytes) -> State:
         """StateError where another version of fastrecv, with another format, has written it."""
-        head = msgspec.msgpack.decode(data, type=_Head)
+        try:
+            head = msgspec.msgpack.decode(data, type=_Head)
+        except msgspec.DecodeError as error:
+            raise StateError(f"the document of this dispatcher cannot be read ({error}): {_ANEW}") from None
         if head.format != FORMAT:
             raise StateError(
                 f"this dispatcher was loaded by fastrecv {head.version} (state format {head.format}, here "
                 f"{FORMAT}): use that version, or `fastrecv lookup unload`, then load and bind anew"
             )
-        return msgspec.msgpack.decode(data, type=cls)
+        try:
+            return msgspec.msgpack.decode(data, type=cls)
+        except msgspec.DecodeError as error:
+            raise StateError(f"the document of this dispatcher cannot be read ({error}): {_ANEW}") from None
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)
@@ -151,6 +159,10 @@ class State(msgspec.Struct, forbid_unknown_fields=True):
         for label in {binding.label for binding in bindings} - {None}:
             check_label(label)
         rows = [_Row.of(binding) for binding in bindings]
+        seen: dict[Key, _Row] = {}
+        for row in rows:
+            if seen.setdefault(row.key, row) is not row:
+                raise bound_twice(seen[row.key].binding, row.binding)
         before, after = set(self.rows), set(rows)
         change = Change(
             [binding for row, binding in zip(rows, bindings, strict=True) if row not in before],
@@ -187,7 +199,7 @@ class State(msgspec.Struct, forbid_unknown_fields=True):
         if len(given) < len(names):
             raise RuleSetError(
                 f"{len(used) + len(names):,} destinations (a label counts once for each family and protocol) and "
-                f"{len(self.retired):,} of the last minute, {MAX_DESTINATIONS:,} at most: use fewer labels"
+                f"{len(self.retired):,} whose numbers rest for a minute, {MAX_DESTINATIONS:,} at most: use fewer labels"
             )
         return given
 

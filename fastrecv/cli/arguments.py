@@ -21,7 +21,18 @@ from fastrecv.netns import Namespace
 from fastrecv.rules import RuleSetError
 from fastrecv.state import DROP, check_label
 
-__all__ = ["ADDRESS", "ENDPOINT", "LABEL", "PORTS", "PREFIX", "PROCESS", "entered", "place"]
+__all__ = [
+    "ADDRESS",
+    "ENDPOINT",
+    "LABEL",
+    "LABEL_OR_DROP",
+    "PORTS",
+    "PREFIX",
+    "PROCESS",
+    "entered",
+    "family_of",
+    "place",
+]
 
 Address = IPv4Address | IPv6Address
 _NS_GET_NSTYPE = 0xB703  # include/uapi/linux/nsfs.h
@@ -69,9 +80,12 @@ class _Words(click.ParamType[Any]):
 
 def _address(word: str) -> Address:
     try:
-        return ip_address(word)
+        found = ip_address(word)
     except ValueError:
         raise RuleSetError(f"{word!r} is no IP address") from None
+    if isinstance(found, IPv6Address) and found.ipv4_mapped is not None:
+        raise RuleSetError(f"{word!r}: packets come with IPv4 addresses, give {found.ipv4_mapped}")
+    return found
 
 
 _WITH_PORT = re.compile(r"\[(?P<six>[^\]]+)\](:(?P<port6>[0-9]{1,5}))?|(?P<four>[0-9.]+)(:(?P<port4>[0-9]{1,5}))?")
@@ -81,7 +95,10 @@ def _endpoint(word: str) -> tuple[Address, int]:
     """Address and port, 0 where none is given: 192.0.2.1:80, [2001:db8::1]:80, or an address alone."""
     match = _WITH_PORT.fullmatch(word)
     if match is None:
-        return _address(word), 0
+        try:
+            return _address(word), 0
+        except RuleSetError as error:
+            raise RuleSetError(f"{error} (with a port: ADDRESS:PORT, or [ADDRESS]:PORT for IPv6)") from None
     port = int(match["port6"] or match["port4"] or 0)
     if port > 65535:
         raise RuleSetError(f"{word!r} has no port from 1 to 65535")

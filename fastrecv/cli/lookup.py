@@ -29,12 +29,14 @@ from fastrecv.cli.arguments import (
     place,
 )
 from fastrecv.cli.serving import serve_until_stopped
+from fastrecv.errors import StateError
 from fastrecv.lookup import Dispatcher
-from fastrecv.rules import Destination
-from fastrecv.state import Change, check_label
+from fastrecv.rules import PROTOCOL_NAMES, PROTOCOLS, Destination, RuleSetError
+from fastrecv.state import DROP, Change, check_label
 
 __all__ = ["lookup"]
 
+_PATIENCE = 5.0  # seconds for each of two locks; who hands a socket over waits longer
 _SHOWN = 20  # lines of what a file added and removed
 
 Network = IPv4Network | IPv6Network
@@ -94,6 +96,9 @@ def upgrade(netns: str | None, bpffs: Path) -> None:
         before = dispatcher.state
         dispatcher.upgrade()
         after = dispatcher.state
+    if before.program == after.program:
+        click.echo(f"loaded anew: it was this version's already ({after.tag}, fastrecv {after.version})")
+        return
     click.echo(f"upgraded from {before.tag} (fastrecv {before.version}) to {after.tag} (fastrecv {after.version})")
 
 
@@ -103,7 +108,7 @@ def _binding_arguments(command: click.decorators.FC) -> click.decorators.FC:
         click.option("--source", type=PREFIX, help="Only packets from this prefix."),
         click.argument("ports", type=PORTS, metavar="PORT"),
         click.argument("prefix", type=PREFIX),
-        click.argument("protocol", type=click.Choice(["tcp", "udp", "any"])),
+        click.argument("protocol", type=click.Choice(["tcp", "udp", "any"], case_sensitive=False), metavar="PROTOCOL"),
         click.argument("label", type=LABEL_OR_DROP),
     ):
         command = option(command)
@@ -125,7 +130,12 @@ def bind(
     fastrecv lookup bind web tcp 192.0.2.0/24 80
     fastrecv lookup bind proxy any 2001:db8::1 any
     fastrecv lookup bind drop udp 192.0.2.0/24 any --source 203.0.113.0/24
+
+    A binding of the same protocol, prefix, port, source and interface is replaced. What is dropped is answered as where
+    nobody listens: TCP with a reset, UDP with port unreachable.
     """  # noqa: D301 - click wants the character
+    if label == DROP and on_miss == "pass":
+        raise click.UsageError("what is dropped has no misses: leave --on-miss out")
     with entered(netns):
         bound = ruletext.binding(label, protocol, prefix, ports, source, interface, on_miss)
         with Dispatcher(bpffs=bpffs) as dispatcher:
@@ -151,11 +161,11 @@ def unbind(
 
 
 @lookup.command("load-bindings")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Say what would be added and removed, and change nothing.")
 @place
 def load_bindings(file: Path, dry_run: bool, netns: str | None, bpffs: Path) -> None:
-    """Put the bindings of a JSON or TOML file in the place of all that are there, in one step.
+    """Put the bindings of a JSON or TOML file in the place of all that are there, in one step; "-" is JSON on stdin.
 
     \b
     [[bindings]]
@@ -168,7 +178,10 @@ def load_bindings(file: Path, dry_run: bool, netns: str | None, bpffs: Path) -> 
     with entered(netns), _uncollected():
         bindings = ruletext.read_file(file)
         with Dispatcher(bpffs=bpffs, read_only=dry_run) as dispatcher:
-            change = dispatcher.compare(bindings) if dry_run else dispatcher.replace_bindings(bindings)
+            try:
+                change = dispatcher.compare(bindings) if dry_run else dispatcher.replace_bindings(bindings)
+            except RuleSetError as error:
+                raise RuleSetError(f"{file}: {error}") from None
         _tell(change)
     would = "would be " if dry_run else ""
     click.echo(
@@ -194,10 +207,17 @@ def _tell(change: Change) -> None:
             click.echo(f"{sign} and {len(bindings) - _SHOWN:,} more")
 
 
-def _registered(destinations: Iterable[Destination]) -> str:
+def _registered(dispatcher: Dispatcher, destinations: Iterable[Destination]) -> str:
+    """What was registered, in words; with a hint where nothing leads there, which may be a slip of the pen."""
+    bound = dispatcher.state.bound()
+    unbound = [name for name in destinations if not bound[name]]
+    hint = f"; nothing is bound yet to {_named(unbound)}" if unbound else ""
+    return _named(destinations) + hint
+
+
+def _named(destinations: Iterable[Destination]) -> str:
     return ", ".join(
-        f"{name.label} {lookup_reads.family_name(name.family)} {listeners.PROTOCOL_NAMES[name.protocol]}"
-        for name in destinations
+        f"{name.label} {lookup_reads.family_name(name.family)} {PROTOCOL_NAMES[name.protocol]}" for name in destinations
     )
 
 
@@ -212,7 +232,7 @@ def _registered(destinations: Iterable[Destination]) -> str:
 )
 @click.option("--to", "server", type=click.Path(path_type=Path), metavar="PATH",
               help="Hand the sockets to `fastrecv lookup serve PATH`, which needs no privilege.")  # fmt: skip
-@click.option("--add", is_flag=True, help="Keep the sockets that are registered.")
+@click.option("--add", is_flag=True, help="Keep those that are registered; the first that lives is used.")
 @place
 def register(
     label: str | None, descriptors: Sequence[int], server: Path | None, add: bool, netns: str | None, bpffs: Path
@@ -221,13 +241,15 @@ def register(
 
     Without LABEL, systemd's names of the sockets are the labels (FileDescriptorName=).
     """
-    if add and server:
-        raise click.UsageError("--add cannot be handed over: the server replaces what the label had")
+    if server and (add or netns):
+        raise click.UsageError(
+            "with --to the server decides where, and replaces what the label had: leave out --add, --netns"
+        )
     passed = [(label or "", fd) for fd in descriptors] or [(label or name, fd) for name, fd in listeners.from_systemd()]
     if not passed:
         raise click.UsageError("no socket: give --fd, or run as a systemd service with a .socket unit")
-    if descriptors and label is None:
-        raise click.UsageError("descriptors have no names: give a label")
+    if label is None and (descriptors or any(name == listeners.UNNAMED for name, _ in passed)):
+        raise click.UsageError("the descriptors have no names: give a label")
     with contextlib.ExitStack() as stack:
         named = {
             name: stack.enter_context(listeners.of_descriptors([fd for other, fd in passed if other == name]))
@@ -242,16 +264,16 @@ def register(
                 check_label(name)
                 listeners.by_destination(name, sockets, dispatcher.cookie)
             for name, sockets in named.items():
-                click.echo(f"registered {_registered(dispatcher.register(name, sockets, add=add))}")
+                click.echo(f"registered {_registered(dispatcher, dispatcher.register(name, sockets, add=add))}")
 
 
 @lookup.command("register-pid")
 @click.argument("process", type=PROCESS, metavar="PID")
 @click.argument("label", type=LABEL)
-@click.argument("protocol", type=click.Choice(["tcp", "udp"]))
+@click.argument("protocol", type=click.Choice(["tcp", "udp"], case_sensitive=False), metavar="PROTOCOL")
 @click.argument("address", type=ADDRESS)
 @click.argument("port", type=click.IntRange(1, 65535))
-@click.option("--add", is_flag=True, help="Keep the sockets that are registered.")
+@click.option("--add", is_flag=True, help="Keep those that are registered; the first that lives is used.")
 @place
 def register_pid(
     process: int, label: str, protocol: str, address: IPv4Address | IPv6Address, port: int, add: bool,
@@ -264,10 +286,9 @@ def register_pid(
     """
     with (
         Dispatcher(netns, bpffs=bpffs) as dispatcher,
-        listeners.of_process(process, listeners.PROTOCOLS[protocol], address, port) as sockets,
+        listeners.of_process(process, PROTOCOLS[protocol], address, port) as sockets,
     ):
-        found = dispatcher.register(label, sockets, add=add)
-    click.echo(f"registered {_registered(found)}")
+        click.echo(f"registered {_registered(dispatcher, dispatcher.register(label, sockets, add=add))}")
 
 
 @lookup.command()
@@ -278,8 +299,8 @@ def register_pid(
 def unregister(label: str, family: str | None, protocol: str | None, netns: str | None, bpffs: Path) -> None:
     """Forget the sockets of a label. Its bindings stay, and miss."""
     with Dispatcher(netns, bpffs=bpffs) as dispatcher:
-        gone = dispatcher.unregister(label, family_of(family), listeners.PROTOCOLS.get(protocol or ""))
-    click.echo(f"unregistered {_registered(gone)}")
+        gone = dispatcher.unregister(label, family_of(family), PROTOCOLS.get(protocol or ""))
+        click.echo(f"unregistered {_named(gone)}")
 
 
 def _owners(_context: click.Context, _parameter: click.Parameter, value: Sequence[str]) -> dict[str, set[int]]:
@@ -290,7 +311,7 @@ def _owners(_context: click.Context, _parameter: click.Parameter, value: Sequenc
             raise click.BadParameter(f"{word!r}: give LABEL=USER")
         LABEL.convert(label, None, None)
         try:
-            uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+            uid = int(user[:11]) if user.isdecimal() else pwd.getpwnam(user).pw_uid
         except KeyError:
             raise click.BadParameter(f"there is no user {user!r}") from None
         owners.setdefault(label, set()).add(uid)
@@ -307,11 +328,19 @@ def serve(path: Path, owners: dict[str, set[int]], netns: str | None, bpffs: Pat
 
     Who the peer is, says the kernel (SO_PEERCRED). Keeps CAP_BPF and no other capability.
     """
+    privileges.refuse_threads()
     one_at_a_time = threading.Lock()
 
     def take(label: str, sockets: list[socket.socket]) -> str:
-        with one_at_a_time, Dispatcher(bpffs=bpffs) as dispatcher:
-            return _registered(dispatcher.register(label, sockets))
+        if not one_at_a_time.acquire(timeout=_PATIENCE):
+            raise StateError("others are being registered: try again")
+        try:
+            with Dispatcher(bpffs=bpffs, timeout=_PATIENCE) as dispatcher:
+                return _registered(dispatcher, dispatcher.register(label, sockets))
+        finally:
+            one_at_a_time.release()
 
     with handover.Server(path, owners, take, click.echo) as server:
+        if not owners:
+            click.echo("no --owner was given: root alone may register")
         serve_until_stopped(server, f"serving {path}", netns, privileges.CAP_BPF)

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from datetime import datetime
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
-from socketserver import ThreadingMixIn
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import click
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from fastrecv import explain as explaining
-from fastrecv import lookup_life, metrics, pins, ruletext
+from fastrecv import lookup_life, metrics, pins, privileges, ruletext
 from fastrecv.cli import output
 from fastrecv.cli.arguments import ENDPOINT, LABEL_OR_DROP, PORTS, PREFIX, entered, place
-from fastrecv.cli.serving import serve_until_stopped
+from fastrecv.cli.serving import HttpServer, serve_until_stopped
 from fastrecv.errors import StateError
-from fastrecv.listeners import PROTOCOL_NAMES, PROTOCOLS
-from fastrecv.lookup import COUNTERS, Dispatcher, Serving
-from fastrecv.rules import Binding
+from fastrecv.lookup import ERRORS, Dispatcher, Serving
+from fastrecv.rules import PROTOCOL_NAMES, PROTOCOLS, Binding
 from fastrecv.state import DROP
 
 __all__ = ["COMMANDS", "family_name"]
-
-_ERRORS = COUNTERS[2:]
 
 
 def family_name(family: int) -> str:
@@ -46,6 +42,8 @@ def status(label: str | None, as_json: bool, netns: str | None, bpffs: Path) -> 
         raise
     with dispatcher:
         serving = [found for found in dispatcher.serving() if label in (None, found.destination.label or DROP)]
+        if label is not None and not serving:
+            raise StateError(f"nothing is bound to {label!r}, and no socket registered")
         state, link, info = dispatcher.state, dispatcher.link, dispatcher.program.info
         loaded = datetime.fromtimestamp(state.loaded).astimezone()
     if as_json:
@@ -67,7 +65,7 @@ def status(label: str | None, as_json: bool, netns: str | None, bpffs: Path) -> 
         output.table(
             ("label", "family", "protocol", "bindings", "sockets", "lookups", "misses", "errors"),
             [_row(found) for found in serving],
-            style=lambda row: "" if row[4] != "-" or row[0] == DROP else "yellow",
+            remarkable=lambda row: row[4] == "-" and row[0] != DROP,
         )
     _mourn(remnants)
 
@@ -79,7 +77,7 @@ def _mourn(remnants: list[str]) -> None:
 
 def _row(found: Serving) -> tuple[object, ...]:
     name, bindings, sockets, counters = found
-    errors = ", ".join(f"{counters[reason]:,} {reason}" for reason in _ERRORS if counters[reason])
+    errors = ", ".join(f"{counters[reason]:,} {reason}" for reason in ERRORS if counters[reason])
     return (
         name.label or DROP, family_name(name.family), PROTOCOL_NAMES[name.protocol], bindings,
         " ".join(f"sk:{cookie:x}" for cookie in sockets) or "-", counters["lookups"], counters["misses"], errors or "0",
@@ -91,7 +89,7 @@ def _document(found: Serving) -> dict[str, object]:
     return {
         "label": name.label or DROP, "family": family_name(name.family), "protocol": PROTOCOL_NAMES[name.protocol],
         "bindings": bindings, "sockets": sockets, "lookups": counters["lookups"], "misses": counters["misses"],
-        "errors": {reason: counters[reason] for reason in _ERRORS},
+        "errors": {reason: counters[reason] for reason in ERRORS},
     }  # fmt: skip
 
 
@@ -132,45 +130,38 @@ def bindings(
         ])  # fmt: skip
 
 
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-
-class _Quiet(WSGIRequestHandler):
-    def log_message(self, format: str, *_arguments: object) -> None:  # noqa: A002 - its name in the base class
-        """Scrapes are no news."""
-
-
 @click.command("metrics")
 @click.option(
     "--listen", type=ENDPOINT, metavar="ADDRESS:PORT", help="Serve them over HTTP instead, until interrupted."
 )
 @place
 def show_metrics(listen: tuple[IPv4Address | IPv6Address, int] | None, netns: str | None, bpffs: Path) -> None:
-    """Counters in Prometheus' text format; served over HTTP, without any privilege left, where --listen says."""
+    """Counters in Prometheus' text format; served over HTTP, without any capability left, where --listen says."""
     pins.check_mounted(bpffs)
     if listen is None:
+        with contextlib.suppress(StateError), Dispatcher(netns, bpffs=bpffs, read_only=True):
+            pass  # who may not read it hears so; that none is loaded, the metrics say
         click.echo(metrics.text(metrics.DispatcherCollector(netns, bpffs)), nl=False)
         return
+    privileges.refuse_threads()
     registry = CollectorRegistry()
     registry.register(metrics.DispatcherCollector(None, bpffs))
-    kind = type("_Bound", (_Server,), {"address_family": socket.AF_INET6 if listen[0].version == 6 else socket.AF_INET})
     try:
-        opened = kind((str(listen[0]), listen[1]), _Quiet)
+        opened = HttpServer(str(listen[0]), listen[1])
     except OSError as error:
         raise StateError(f"cannot listen on {listen[0]} port {listen[1]}: {error.strerror}") from None
     with opened as server:
         server.set_app(make_wsgi_app(registry))
-        host, port = server.server_address[:2]
+        host, port = server.server_name, server.server_port
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
         serve_until_stopped(server, f"serving {where}", netns)
 
 
 @click.command()
-@click.argument("protocol", type=click.Choice(["tcp", "udp"]))
+@click.argument("protocol", type=click.Choice(["tcp", "udp"], case_sensitive=False), metavar="PROTOCOL")
 @click.argument("source", type=ENDPOINT)
 @click.argument("destination", type=ENDPOINT)
-@click.option("--interface", metavar="NAME", help="The one the packet comes in by (CAP_BPF and CAP_NET_ADMIN).")
+@click.option("--interface", metavar="NAME", help="The one the packet comes in by (CAP_BPF).")
 @output.json_option
 @place
 def explain(
@@ -183,10 +174,10 @@ def explain(
     fastrecv lookup explain tcp 198.51.100.7 192.0.2.9:80
     fastrecv lookup explain udp [2001:db8::7]:4242 [2001:db8::1]:53
     """  # noqa: D301 - click wants the character
+    if not destination[1]:
+        raise click.UsageError("the destination has no port: give ADDRESS:PORT, or [ADDRESS]:PORT for IPv6")
     if source[0].version != destination[0].version:
         raise click.UsageError("source and destination are of different IP versions")
-    if not destination[1]:
-        raise click.UsageError("the destination has no port: give ADDRESS:PORT, or [ADDRESS]:PORT")
     with entered(netns):
         index = ruletext.interface_index(interface) if interface is not None else 0
     packet = explaining.Packet(PROTOCOLS[protocol], *source, *destination, index)

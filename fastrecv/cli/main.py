@@ -16,14 +16,14 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from fastrecv.cli.doctor import doctor
+from fastrecv.cli.doctor import MISSING, doctor
 from fastrecv.cli.lookup import lookup
 from fastrecv.errors import NotSupported
 from fastrecv.rules import RuleSetError
 
 __all__ = ["run"]
 
-_FAILED, _MISSING = 1, 77
+_FAILED = 1
 _INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -51,11 +51,14 @@ fastrecv.add_command(doctor)
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command and give its exit code."""
-    os.umask(0o022)  # who may read what is pinned, its group says, not the operator's habits
     try:
         result: Any = fastrecv.main(args=arguments, prog_name="fastrecv", standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return error.exit_code
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx is not None else "fastrecv"
+        click.echo(f"{where}: {' '.join(error.format_message().split())} (see {where} --help)", err=True)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _INTERRUPTED
@@ -65,7 +68,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (OSError, RuleSetError) as error:
         click.echo(f"fastrecv: {_one_line(error)}", err=True)
         missing = isinstance(error, NotSupported) or getattr(error, "errno", None) in (EPERM, EACCES)
-        return _MISSING if missing else _FAILED
+        return MISSING if missing else _FAILED
     return result if isinstance(result, int) else 0
 
 
@@ -74,6 +77,6 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror is not None:
         text = error.strerror
         if error.filename is not None:
-            denied = "permission denied (run as root, or as who may)"
+            denied = "permission denied (run as root; to read, as a member of the group that `load --group` names)"
             text = f"{error.filename}: {denied if isinstance(error, PermissionError) else text}"
     return " ".join(text.split())

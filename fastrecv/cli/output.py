@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 __all__ = ["as_json", "json_option", "table"]
-
-_WIDE = 10_000  # columns: what is piped is never wrapped
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -24,19 +18,26 @@ def as_json(document: object) -> None:
 
 
 def table(
-    columns: Sequence[str], rows: Iterable[Sequence[object]], style: Callable[[Sequence[Any]], str] | None = None
+    columns: Sequence[str], rows: Iterable[Sequence[object]], remarkable: Callable[[Sequence[Any]], bool] | None = None
 ) -> None:
-    """Columns of words; numbers to the right. style : of a row, in rich's words."""
+    """Columns of words, never wrapped, so that they can be copied; numbers to the right.
+
+    remarkable : of a row, whether it is shown in yellow.
+    """
     rows = list(rows)
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for number, column in enumerate(columns):
-        numeric = bool(rows) and all(isinstance(row[number], int) for row in rows)
-        shown.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        cells = [Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row]
-        shown.add_row(*cells, style=style(row) if style else None)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
-    with console.capture() as printed:
-        console.print(shown)
-    for line in printed.get().splitlines():
-        click.echo(line.rstrip())
+    numeric = [bool(rows) and all(isinstance(row[place], int) for row in rows) for place in range(len(columns))]
+    cells = [columns, *([f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for number, line in enumerate(cells):
+        words = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ]
+        text = "  ".join(words).rstrip()
+        if number == 0:
+            text = click.style(text, bold=True)
+        elif remarkable is not None and remarkable(rows[number - 1]):
+            text = click.style(text, fg="yellow")
+        lines.append(text)
+    click.echo("\n".join(lines))  # at once: a hundred thousand lines are one write

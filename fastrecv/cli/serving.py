@@ -4,16 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from socketserver import BaseServer
+import socket
+from socketserver import BaseServer, TCPServer
 from types import FrameType
 from typing import NoReturn
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import click
 
 from fastrecv import privileges
 from fastrecv.netns import Namespace
+from fastrecv.threads import BoundedThreads
 
-__all__ = ["serve_until_stopped"]
+__all__ = ["HttpServer", "serve_until_stopped"]
+
+
+class _Quiet(WSGIRequestHandler):
+    timeout = 5  # seconds for a request
+
+    def log_message(self, format: str, *_arguments: object) -> None:  # noqa: A002 - its name in the base class
+        """Scrapes are no news."""
+
+
+class HttpServer(BoundedThreads, WSGIServer):
+    """An HTTP server on a numeric address, with a bound on what idle peers can take."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), _Quiet)
+
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)  # HTTPServer's would ask the DNS for a name
+        host, port = self.server_address[:2]
+        self.server_name, self.server_port = str(host), port
+        self.setup_environ()
 
 
 def serve_until_stopped(server: BaseServer, said: str, netns: str | None, *capabilities: int) -> None:

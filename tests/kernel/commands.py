@@ -71,8 +71,10 @@ class Command:
         """What was wrong with the words."""
         said = self(name, *arguments)
         assert (said.code, said.out) == (2, "")
-        assert said.err.startswith(f"Usage: fastrecv lookup {name}")
-        return said.err.splitlines()[-1]
+        (line,) = said.err.splitlines()
+        assert line.startswith(f"fastrecv lookup {name}: ")
+        assert line.endswith(f" (see fastrecv lookup {name} --help)")
+        return line.removeprefix(f"fastrecv lookup {name}: ").removesuffix(f" (see fastrecv lookup {name} --help)")
 
     def process(self, name: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
         words = [*COMMAND, "lookup", name, *map(str, arguments), "--bpffs", str(self.bpffs)]

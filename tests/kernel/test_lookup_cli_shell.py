@@ -37,8 +37,8 @@ def missing() -> None:
 def test_the_doctor_says_of_every_feature_whether_it_works_and_what_would_mend_it(
     lookup: Command, monkeypatch: pytest.MonkeyPatch, broken: bool
 ) -> None:
-    fine = Feature("a feature", (5, 9), "", lambda: None)
-    sick = Feature("a sick one", (5, 9), "CAP_BPF", missing)
+    fine = Feature("all", "a feature", (5, 9), "", lambda: None)
+    sick = Feature("all", "a sick one", (5, 9), "CAP_BPF", missing)
     known = [fine, sick] if broken else [fine]
     monkeypatch.setattr(features, "FEATURES", {feature.name: feature for feature in known})
     said = lookup.bare("doctor")

@@ -221,7 +221,7 @@ def test_many_prefixes_are_all_found(sockets: Sockets) -> None:
 
 def test_what_cannot_be_told_apart_is_refused() -> None:
     net = ip_network("192.0.2.0/24")
-    with pytest.raises(RuleSetError, match=r"192\.0\.2\.0/24 ports 80-80 is bound twice, to a and to b"):
+    with pytest.raises(RuleSetError, match=r"tcp 192\.0\.2\.0/24 port 80 is bound twice, to a and to b"):
         compile_rules([Binding("tcp", net, (80, 80), "a"), Binding("tcp", net, (80, 80), "b")], {})
     many = [Binding("tcp", net, (80, 80), "a", interface=number) for number in range(1, MAX_ALTERNATIVES + 2)]
     with pytest.raises(RuleSetError, match="33 bindings by source or interface apply to one port, 32 can be told"):

@@ -27,7 +27,7 @@ def put(monkeypatch: pytest.MonkeyPatch, kernel: tuple[int, int], error: OSError
         if error:
             raise error
 
-    monkeypatch.setitem(features.FEATURES, "x", Feature("x", kernel, "CAP_BPF", probe))
+    monkeypatch.setitem(features.FEATURES, "x", Feature("all", "x", kernel, "CAP_BPF", probe))
     return calls
 
 

@@ -170,7 +170,7 @@ def test_an_empty_list_is_no_mistake(tmp_path: Path, name: str, content: str) ->
         ({"port": 80.5}, "at `$.bindings[1].port`"),
         ({"port": True}, "at `$.bindings[1].port`"),
         ({"label": None}, "Expected `str`, got `null` - at `$.bindings[1].label`"),
-        ({"protocol": "icmp"}, "Invalid enum value 'icmp' - at `$.bindings[1].protocol`"),
+        ({"protocol": "icmp"}, "bindings[1]: 'icmp' is no protocol: give tcp, udp or any"),
         ({"on_miss": "reject"}, "Invalid enum value 'reject' - at `$.bindings[1].on_miss`"),
         ({"port": 0}, "bindings[1]: 0 is no port"),
         ({"prefix": "192.0.2.1/24"}, "bindings[1]: '192.0.2.1/24' has bits below its prefix: 192.0.2.0/24 is"),

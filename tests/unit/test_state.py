@@ -105,7 +105,6 @@ def test_a_binding_whose_label_or_on_miss_changes_is_removed_and_added() -> None
         Binding("tcp", ip_network("192.0.2.0/25"), (80, 80), "a"),
         Binding("tcp", ip_network("c000:200::/24"), (80, 80), "a"),  # the same first bytes
         Binding("tcp", FOUR, (80, 81), "a"),
-        Binding("tcp", FOUR, (80, 80), "a", ip_network("0.0.0.0/0")),
         Binding("tcp", FOUR, (80, 80), "a", interface=1),
     ],
 )
@@ -217,7 +216,7 @@ def test_as_many_destinations_as_there_are_places_and_not_one_more() -> None:
     before = state.encode()
     with pytest.raises(RuleSetError, match=r"4,097 destinations \(a label counts once for each family and protocol\)"):
         state.number([*bindings, bound("one more")], set())
-    with pytest.raises(RuleSetError, match="and 0 of the last minute, 4,096 at most: use fewer labels"):
+    with pytest.raises(RuleSetError, match="and 0 whose numbers rest for a minute, 4,096 at most: use fewer labels"):
         state.add([destination("one more")])
     assert state.numbers == State.decode(before).numbers
     assert state.add([destination("label-7")]) == {}, "what has a number needs no other"
@@ -228,7 +227,7 @@ def test_numbers_that_rest_are_not_free(clock: Clock, monkeypatch: pytest.Monkey
     state = State.empty()
     state.number([bound("a", "any")], set())
     assert state.number([], set()) == {}
-    with pytest.raises(RuleSetError, match="and 2 of the last minute, 2 at most"):
+    with pytest.raises(RuleSetError, match="and 2 whose numbers rest for a minute, 2 at most"):
         state.number([bound("b")], set())
     clock.now += 60
     assert state.number([bound("b")], set()) == {destination("b"): 0}
@@ -244,7 +243,7 @@ def test_a_document_of_another_format_is_refused_with_what_to_do() -> None:
     )
 
 
-@pytest.mark.parametrize("label", ["a", "web.example:443", "ä" * 127, "x" * 255, "Drop", "--web"])
+@pytest.mark.parametrize("label", ["a", "web.example:443", "ä" * 127, "x" * 255, "--web"])
 def test_a_label_is_any_printable_word(label: str) -> None:
     check_label(label)
 
@@ -255,7 +254,9 @@ def test_a_label_is_any_printable_word(label: str) -> None:
 def test_what_is_no_label_is_refused(label: str | None) -> None:
     with pytest.raises(RuleSetError) as caught:
         check_label(label)
-    assert str(caught.value) == f"label {label!r}: give 1 to 255 bytes, printable and without spaces"
+    said = str(caught.value)
+    assert said.endswith(": give 1 to 255 bytes, printable and without spaces")
+    assert said.startswith(f"label {label!r}" if label is None or len(label) < 40 else f"label {label[:40]!r}...: ")
 
 
 def test_the_verdict_is_no_label() -> None:
