@@ -6,7 +6,7 @@
  * set for life, its tables sized to it.
  *
  *   ports[family, protocol, port]   nothing | one answer | a tree or a table by address
- *   nodes, first4 + blocks4         by destination address: where the rules begin that may apply
+ *   first, blocks4, nodes           by destination address: where the rules begin that may apply
  *   rules                           in order of precedence, to the first whose source and interface match
  *   sockets[destination, member]    the first that is there
  */
@@ -31,7 +31,7 @@ static __always_inline __u64 half_of(__u32 first, __u32 second) /* network byte 
 /* The first rule for an IPv4 address of a table; 0 where no prefix covers it. */
 static __always_inline __u32 in_table(__u32 table, __u32 address)
 {
-	__u32 found = word_of(&first4, (table << 16) + (address >> 16)), block;
+	__u32 found = word_of(&first, (table << 16) + (address >> 16)), block;
 	struct block *next;
 
 	if (!(found & BLOCK))
@@ -108,13 +108,17 @@ int lookup(struct bpf_sk_lookup *ctx)
 	entry = word_of(&ports, ((family != AF_INET) << 17) + ((protocol != IPPROTO_TCP) << 16) + port);
 	if (!entry)
 		return SK_PASS; /* nothing is bound on this port: the ordinary lookup decides */
-	if (entry >> 30 == ANSWER) {
-		number = entry & NUMBER;
-	} else if (entry >> 30 == TABLE) {
-		number = in_table(entry & NUMBER, __builtin_bswap32(ip4));
-	} else {
+	number = entry & NUMBER;
+	if (entry >> 30 == TABLE && family == AF_INET) {
+		number = in_table(number, __builtin_bswap32(ip4));
+	} else if (entry >> 30 != ANSWER) {
 		high = family == AF_INET ? __builtin_bswap32(ip4) : half_of(ip6[0], ip6[1]);
-		number = in_tree(entry & NUMBER, high, half_of(ip6[2], ip6[3]));
+		if (entry >> 30 == TABLE) {
+			number = word_of(&first, (number << 16) + (high >> 48));
+			high <<= 16;
+		}
+		if (entry >> 30 == TREE || number & BLOCK)
+			number = in_tree(number & ~BLOCK, high, half_of(ip6[2], ip6[3]));
 	}
 	if (!number)
 		return SK_PASS; /* the address is not bound on this port */

@@ -19,7 +19,7 @@
 #define TABLE 3
 #define NUMBER 0x3fffffff
 
-/* An entry of first4 and blocks4: 0, the first of some rules, or with this bit the next block. */
+/* An entry of first and blocks4: 0, the first of some rules, or with this bit the next block (IPv4), a tree (IPv6). */
 #define BLOCK 0x80000000
 
 /* A rule. */
@@ -75,7 +75,7 @@ struct {
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, struct words);
-} ports SEC(".maps"), first4 SEC(".maps");
+} ports SEC(".maps"), first SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

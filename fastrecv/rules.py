@@ -86,10 +86,10 @@ class Binding:
         first, last = self.ports
         if not 0 <= first <= last <= 65535:
             raise RuleSetError(f"ports {first}-{last}: give 0 to 65535, the first not above the last")
+        if self.source is not None and self.source.version != self.prefix.version:
+            raise RuleSetError(f"source {self.source} and prefix {self.prefix} are of different IP versions")
         if self.source is not None and self.source.prefixlen == 0:
             object.__setattr__(self, "source", None)  # any source is none in particular
-        elif self.source is not None and self.source.version != self.prefix.version:
-            raise RuleSetError(f"source {self.source} and prefix {self.prefix} are of different IP versions")
 
     @property
     def conditional(self) -> bool:

@@ -21,6 +21,7 @@ _Halves = NDArray[np.uint64]
 
 FEW = 16  # IPv4 prefixes that a tree of two nodes holds: a little slower than a table, which takes 256 KiB
 _ROOMY = 32  # tables that may be spent on few prefixes
+_TABLES6 = 64  # where more sets of ports would have one, IPv6 has trees only
 # lookup.h: kinds of `ports`, the flag of a block, the fan of a node and the flags of its children.
 _ANSWER, _TREE, _TABLE = 1 << 30, 2 << 30, 3 << 30
 _BLOCK = 1 << 31
@@ -36,12 +37,12 @@ RULE = np.dtype(
 class Tables:
     """What lookup.bpf.c reads, ready to be put into its maps. Entry 0 of `rules` is never used.
 
-    ports : uint32, shape (4 * 65536,), by family (IPv4 first), protocol (TCP first) and port. first4 : uint32, shape
-    (n, 65536). blocks4 : uint32, shape (n, 256). nodes : NODE. rules : RULE, one each.
+    ports : uint32, shape (4 * 65536,), by family (IPv4 first), protocol (TCP first) and port. first : uint32, shape
+    (n, 65536), by the upper 16 bits of the address. blocks4 : uint32, shape (n, 256). nodes : NODE. rules : RULE, one each.
     """
 
     ports: NDArray[np.uint32]
-    first4: NDArray[np.uint32]
+    first: NDArray[np.uint32]
     blocks4: NDArray[np.uint32]
     nodes: NDArray[np.void]
     rules: NDArray[np.void]
@@ -53,7 +54,7 @@ class Tables:
         Its maps `sockets` and `counts` are the caller's: to reuse or to size before, and to fill.
         """
         arrays = {
-            "ports": self.ports.reshape(-1, 16), "first4": self.first4.reshape(-1, 16), "blocks4": self.blocks4,
+            "ports": self.ports.reshape(-1, 16), "first": self.first.reshape(-1, 16), "blocks4": self.blocks4,
             "nodes": self.nodes, "rules": self.rules,
         }  # fmt: skip
         for name, rows in arrays.items():
@@ -79,14 +80,16 @@ class Layout:
 
     def __init__(self) -> None:
         self.ports = np.zeros(4 * 65536, np.uint32)
-        self._first4 = np.zeros(0, np.uint32)
+        self._firsts = [np.zeros(0, np.uint32)]
+        self._tables = 0
         self._blocks4 = np.zeros((0, 256), np.uint32)
         self._nodes = [np.zeros(0, NODE)]
         self._size = 0  # of all nodes
 
     def tables(self, rules: NDArray[np.void], *, conditions: bool) -> Tables:
         nodes = np.concatenate(self._nodes)
-        return Tables(self.ports, self._first4.reshape(-1, 65536), self._blocks4, nodes, rules, conditions)
+        first = np.concatenate(self._firsts).reshape(-1, 65536)
+        return Tables(self.ports, first, self._blocks4, nodes, rules, conditions)
 
     def add(
         self, version: int, sizes: Numbers, high: _Halves, low: _Halves, length: Numbers, starts: _Words
@@ -100,24 +103,28 @@ class Layout:
         heads = np.cumsum(sizes) - sizes
         answer = (sizes == 1) & (length[heads] == 0)
         entries[answer] = _ANSWER | starts[heads[answer]]
-        table = (sizes > (FEW if len(sizes) > _ROOMY else 0)) & ~answer & (version == 4)
+        table = (sizes > (FEW if len(sizes) > _ROOMY else 0)) & ~answer
+        if version == 6 and np.count_nonzero(table) > _TABLES6:
+            table[:] = False
         rows, number = _chosen(table, sizes)
         if len(number):
-            self._paint(number << 32 | (high[rows] >> np.uint64(32)).astype(np.int64), length[rows], starts[rows])
-            entries[table] = _TABLE | np.arange(np.count_nonzero(table), dtype=np.uint32)
+            entries[table] = _TABLE | np.arange(self._tables, self._tables + number[-1] + 1, dtype=np.uint32)
+            if version == 4:
+                self._paint4(number << 32 | (high[rows] >> np.uint64(32)).astype(np.int64), length[rows], starts[rows])
+            else:
+                self._paint6(number, high[rows], low[rows], length[rows], starts[rows])
         tree = ~answer & ~table
         rows, number = _chosen(tree, sizes)
         if len(number):
             shift = np.uint64(32 if version == 4 else 0)
-            entries[tree] = _TREE | self._trees(number, high[rows], low[rows], length[rows], starts[rows], shift)
+            entries[tree] = _TREE | self._trees(number, high[rows], low[rows], length[rows], starts[rows], 0, shift)
         return entries
 
-    def _paint(self, address: Numbers, length: Numbers, starts: _Words) -> None:
+    def _paint4(self, address: Numbers, length: Numbers, starts: _Words) -> None:
         """Tables of 16, 8 and 8 bits. address : sorted, the number of its table above its 32 bits."""
         count = sum(np.count_nonzero(begins(address[length > depth] >> 32 - depth)) for depth in (16, 24))
-        self._first4 = np.zeros(int((address[-1] >> 32) + 1) << 16, np.uint32)
+        table, used = self._first(int(address[-1] >> 32) + 1), 0
         self._blocks4 = np.empty((count, 256), np.uint32)
-        table, used = self._first4, 0
         for depth in (16, 24, 32):
             for bits in np.unique(length[length <= depth]).tolist():  # shorter ones first: longer ones cover them
                 rows = length == bits
@@ -133,11 +140,44 @@ class Layout:
             table, used = blocks.reshape(-1), used + len(entries)
             address = (np.cumsum(new) - 1) << 32 - depth | address & (1 << 32 - depth) - 1
 
+    def _paint6(self, table: Numbers, high: _Halves, low: _Halves, length: Numbers, starts: _Words) -> None:
+        """Tables of 16 bits that lead to trees over the other 112, which so are a node or two deep."""
+        first = self._first(int(table[-1]) + 1)
+        address = table << 16 | (high >> np.uint64(48)).astype(np.int64)
+        for bits in np.unique(length[length <= 16]).tolist():
+            rows = length == bits
+            first.reshape(-1, 1 << 16 - bits)[address[rows] >> 16 - bits] = starts[rows, None]
+        rows = length > 16
+        if not rows.any():
+            return
+        new = begins(address[rows])
+        entries = address[rows][new]
+        trees = len(entries)
+        # In every tree the rest is what the entry said that now leads to it.
+        first[entries] = _BLOCK | self._trees(
+            np.concatenate([np.arange(trees), np.cumsum(new) - 1]),
+            np.concatenate([np.zeros(trees, np.uint64), high[rows]]),
+            np.concatenate([np.zeros(trees, np.uint64), low[rows]]),
+            np.concatenate([np.full(trees, 16), length[rows]]),
+            np.concatenate([first[entries], starts[rows]]),
+            16, np.uint64(0),
+        )  # fmt: skip
+
+    def _first(self, count: int) -> _Words:
+        """So many tables more."""
+        made = np.zeros(count << 16, np.uint32)
+        self._firsts.append(made)
+        self._tables += count
+        return made
+
     def _trees(
-        self, tree: Numbers, high: _Halves, low: _Halves, length: Numbers, starts: _Words, shift: np.uint64
+        self, tree: Numbers, high: _Halves, low: _Halves, length: Numbers, starts: _Words, known: int, shift: np.uint64
     ) -> NDArray[np.uint32]:
-        """Trees over the high halves; where prefixes are longer than that, they lead on to ones over the low halves."""
-        of, keys, first, end = _intervals(tree, high, np.minimum(length, 64))
+        """Trees over the high halves; where prefixes are longer than that, they lead on to ones over the low halves.
+
+        known : bits at the upper end that are not looked at any more. shift : of the keys, for IPv4.
+        """
+        of, keys, first, end = _intervals(tree, high << np.uint64(known), np.minimum(length, 64) - known)
         children = np.full(len(keys), _LEAF, np.uint32)
         leaves = np.uint32(_LEAF) | starts
         short, long = length <= 64, length > 64
