@@ -38,7 +38,8 @@ class Tables:
     """What lookup.bpf.c reads, ready to be put into its maps. Entry 0 of `rules` is never used.
 
     ports : uint32, shape (4 * 65536,), by family (IPv4 first), protocol (TCP first) and port. first : uint32, shape
-    (n, 65536), by the upper 16 bits of the address. blocks4 : uint32, shape (n, 256). nodes : NODE. rules : RULE, one each.
+    (n, 65536), by the upper 16 bits of the address. blocks4 : uint32, shape (n, 256). nodes : NODE. rules : RULE, one
+    each.
     """
 
     ports: NDArray[np.uint32]

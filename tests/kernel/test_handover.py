@@ -19,6 +19,7 @@ from fastrecv import lookup_life
 from fastrecv.errors import SocketRefusedError, StateError
 from fastrecv.handover import hand_over
 from fastrecv.lookup import Dispatcher
+from fastrecv.rules import RuleSetError
 from tests.kernel.privileges import only
 from tests.kernel.steering import TCP, UDP, Stage, bound
 from tests.kernel.test_lookup_privileges import as_user
@@ -114,8 +115,11 @@ def test_what_makes_no_sense_is_refused_and_the_server_goes_on(stage: Stage, ser
         hand_over(served.path, "web", [unbound])
     with pytest.raises(SocketRefusedError, match="the request came without a socket"):
         hand_over(served.path, "web", [])
-    with pytest.raises(SocketRefusedError, match="'drop' is a verdict, not a label"):
+    with pytest.raises(RuleSetError, match="'drop' is a verdict, not a label"):
         hand_over(served.path, "drop", [server])
+    with raw(served) as peer:
+        socket.send_fds(peer, [b"drop"], [server.fileno()])
+        assert peer.recv(99) == b"no 'drop' is a verdict, not a label: choose another name"
     with open(os.devnull) as file, raw(served) as peer:  # noqa: PTH123 - a descriptor that is no socket
         socket.send_fds(peer, [b"web"], [file.fileno()])
         assert re.fullmatch(rb"no descriptor \d+ is not a socket", peer.recv(99))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pyroute2 import IPRoute
 
-from fastrecv import lookup_life, pins
+from fastrecv import generations, lookup_life, pins
 from fastrecv.lookup import Dispatcher, directory_of
 from fastrecv.netns import Namespace
 from tests.kernel.commands import MANY, WEB, Command, one_line, rows
@@ -71,14 +71,19 @@ def test_where_nothing_is_loaded_everything_says_how_to_load(
     )
 
 
-def test_upgrade_says_from_what_to_what(loaded: Command) -> None:
-    loaded.done("bind", *WEB)
-    before = loaded("bindings", "--json").json
-    said = loaded.done("upgrade")
-    match = re.fullmatch(r"upgraded from (\w{16}) \(fastrecv (\S+)\) to (\w{16}) \(fastrecv (\S+)\)\n", said)
-    assert match is not None
-    assert match[1] == match[3]
-    assert loaded("bindings", "--json").json == before
+def test_upgrade_says_from_what_to_what(lookup: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as then:
+        then.setattr(generations, "digest", lambda: "another")
+        lookup.done("load")
+        lookup.done("bind", *WEB)
+    before = lookup("bindings", "--json").json
+    assert "has another: `fastrecv lookup upgrade` replaces it" in lookup.refused("unbind", *WEB)
+    said = lookup.done("upgrade")
+    assert re.fullmatch(r"upgraded from \w{16} \(fastrecv \S+\) to \w{16} \(fastrecv \S+\)\n", said)
+    assert re.fullmatch(
+        r"loaded anew: it was this version's already \(\w{16}, fastrecv \S+\)\n", lookup.done("upgrade")
+    )
+    assert lookup("bindings", "--json").json == before
 
 
 def test_load_lets_a_group_read_and_knows_no_other_than_there_are(lookup: Command, stage: Stage) -> None:
@@ -150,6 +155,9 @@ def test_unbind_refuses_what_is_not_there_or_leads_to_another_label(loaded: Comm
         (("\udcff", "tcp", "198.51.100.0/24", "80"), "Invalid value for 'LABEL'"),
         (("web", "tcp", "198.51.100.0/24"), "Missing argument 'PORT'."),
         ((*WEB, "--source", "nonsense"), "'nonsense' is no prefix"),
+        (("web", "tcp", "0.0.0.0", "80"), "no packet is for: give 0.0.0.0/0 for every address"),
+        (("DROP", "tcp", "198.51.100.0/24", "80"), "'drop' is a verdict, not a label: choose another name"),
+        (("drop", *WEB[1:], "--on-miss", "pass"), "what is dropped has no misses: leave --on-miss out"),
         ((*WEB, "--netns", "/nonexistent"), "'/nonexistent': No such file or directory"),
         ((*WEB, "--netns", "/etc/passwd"), "'/etc/passwd' is no network namespace: /run/netns/NAME is one"),
         ((*WEB, "--netns", "/proc/self/ns/mnt"), "is no network namespace"),
@@ -167,6 +175,7 @@ def test_wrong_words_are_usage_errors_that_say_what_would_be_right(
     ("arguments", "said"),
     [
         (("--interface", "nope"), "there is no interface 'nope': give its name or index"),
+        (("--interface", "9999"), "there is no interface '9999': give its name or index"),
         (("--source", "2001:db8::/32"), "source 2001:db8::/32 and prefix 198.51.100.0/24 are of different IP versions"),
     ],
 )
@@ -253,7 +262,8 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(loaded: Command, tmp
     ("entries", "said"),
     [
         ([{"port": 80}, {"port": "http"}], "file.json, bindings[1]: 'http' is no port"),
-        ([{"port": 80}, {"port": 80, "label": "other"}], "198.51.100.0/24 ports 80-80 is bound twice"),
+        ([{"port": 80}, {"port": 80, "label": "other"}], "tcp 198.51.100.0/24 port 80 is bound twice, to web and to other"),
+        ([{"port": "80-81"}] * 2, "tcp 198.51.100.0/24 ports 80-81 is bound twice, to web and to web"),
         ([{"port": 80}, {"port": 81, "colour": "red"}], "unknown field `colour` - at `$.bindings[1]`"),
     ],
 )
@@ -300,7 +310,7 @@ def test_a_place_that_is_no_bpf_file_system_is_refused_with_the_command_that_mak
 ) -> None:
     said = lookup.bare("lookup", "status", "--bpffs", tmp_path)
     assert (said.code, said.out) == (1, "")
-    assert one_line(said.err) == f"{tmp_path} is no BPF file system: mount -t bpf bpf {tmp_path}"
+    assert one_line(said.err) == f"{tmp_path} is no BPF file system: mount -t bpf bpf {tmp_path}, or say with --bpffs where one is"
     said = lookup.bare("lookup", "load", "--bpffs", "/nonexistent")
     assert one_line(said.err) == "/nonexistent does not exist: give the mount point of a BPF file system with --bpffs"
 
@@ -334,4 +344,5 @@ def test_what_may_not_be_read_is_named_with_who_may(loaded: Command, stage: Stag
     with only():
         said = loaded("status")
     assert (said.code, said.out) == (77, "")
-    assert one_line(said.err) == f"{directory}: permission denied (run as root, or as who may)"
+    denied = "permission denied (run as root; to read, as a member of the group that `load --group` names)"
+    assert one_line(said.err) == f"{directory}: {denied}"

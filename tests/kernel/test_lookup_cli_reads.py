@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from pyroute2 import IPRoute
 
 from fastrecv import bpf
 from fastrecv.listeners import cookie_of
 from fastrecv.netns import Namespace
-from tests.kernel.commands import WEB, Command
+from tests.kernel.commands import WEB, Command, one_line
 from tests.kernel.steering import TCP, UDP, Stage
 
 
@@ -55,6 +56,7 @@ def test_status_has_a_row_for_every_destination(loaded: Command, stage: Stage) -
         ["drop", "ipv6", "udp", "1", "-", "0", "0", "0"],
     ]
     assert len(loaded.done("status", "drop").splitlines()) == 3
+    assert loaded.refused("status", "nobody") == "nothing is bound to 'nobody', and no socket registered"
 
 
 def test_status_as_json_has_the_same_fields_always(loaded: Command, stage: Stage) -> None:
@@ -153,8 +155,10 @@ def test_metrics_of_another_namespace_are_served_here(lookup: Command) -> None:
 
 def test_an_address_that_cannot_be_listened_on_is_named(lookup: Command, stage: Stage) -> None:
     stage.serve("taken", TCP, "127.0.0.1", 9009)
-    said = lookup.refused("metrics", "--listen", "127.0.0.1:9009")
-    assert said == "cannot listen on 127.0.0.1 port 9009: Address already in use"
+    with lookup.process("metrics", "--listen", "127.0.0.1:9009") as server:
+        out, err = server.communicate(timeout=30)
+    assert (server.returncode, out) == (1, "")
+    assert one_line(err) == "cannot listen on 127.0.0.1 port 9009: Address already in use"
     assert "'localhost:80' is no IP address" in lookup.misused("metrics", "--listen", "localhost:80")
 
 
@@ -261,7 +265,7 @@ def test_explain_says_what_the_traffic_then_meets(explained: Command, stage: Sta
         ),
         (
             ("tcp", "198.51.100.0/24", "80"),
-            ("tcp", "198.51.100.9/32", "80", "--interface", "9999"),
+            ("tcp", "198.51.100.9/32", "80", "--interface", "other"),
             "another interface",
         ),
     ],
@@ -269,6 +273,8 @@ def test_explain_says_what_the_traffic_then_meets(explained: Command, stage: Sta
 def test_explain_says_of_every_other_binding_why_it_is_not_the_one(
     loaded: Command, winner: tuple[str, ...], loser: tuple[str, ...], reason: str
 ) -> None:
+    with IPRoute() as net:
+        net.link("add", ifname="other", kind="veth", peer={"ifname": "peer"})
     loaded.done("bind", "loser", *loser)
     loaded.done("bind", "winner", *winner)
     found = loaded("explain", "tcp", "203.0.113.1", "198.51.100.9:80", "--interface", "lo", "--json").json
@@ -289,7 +295,7 @@ def test_explain_tells_of_a_group_and_of_sockets_that_the_kernel_refuses(loaded:
     words = ("udp", "203.0.113.1", "198.51.100.9:80")
     first = loaded.done("explain", *words).splitlines()[0]
     assert first == (
-        f"socket: web has socket sk:{cookie_of(group[0]):x}, which stands for 2 registered members of its group"
+        f"socket: web has socket sk:{cookie_of(group[0]):x}, the first of 2 that are registered"
     )
     for member in group:
         member.connect(("198.51.100.3", 9))
@@ -304,8 +310,11 @@ def test_explain_tells_of_a_group_and_of_sockets_that_the_kernel_refuses(loaded:
     ("arguments", "said"),
     [
         (("tcp", "203.0.113.1", "198.51.100.1"), "the destination has no port: give ADDRESS:PORT, or [ADDRESS]:PORT"),
-        (("tcp", "203.0.113.1", "2001:db8::1:80"), "source and destination are of different IP versions"),
+        (("tcp", "203.0.113.1", "[2001:db8::1]:80"), "source and destination are of different IP versions"),
+        (("tcp", "203.0.113.1", "2001:db8::1:80"), "the destination has no port"),
         (("tcp", "2001:db8::2", "2001:db8::1:80"), "the destination has no port"),
+        (("tcp", "2001:db8::2", "[::ffff:192.0.2.1]:80"), "packets come with IPv4 addresses, give 192.0.2.1"),
+        (("tcp", "::ffff:192.0.2.1", "198.51.100.1:80"), "packets come with IPv4 addresses, give 192.0.2.1"),
         (("tcp", "203.0.113.1", "198.51.100.1:65536"), "'198.51.100.1:65536' has no port from 1 to 65535"),
         (("tcp", "203.0.113.1", "web.example:80"), "'web.example:80' is no IP address"),
         (("icmp", "203.0.113.1", "198.51.100.1:80"), "'icmp' is not one of 'tcp', 'udp'"),

@@ -53,9 +53,11 @@ def test_an_inherited_socket_is_registered_for_what_it_can_serve(
     loaded: Command, stage: Stage, kind: int, host: str, only6: bool, said: str
 ) -> None:
     service = stage.serve("service", kind, host, 8008, only6=only6)
-    assert loaded.done("register", "web", "--fd", service.fileno()) == f"registered {said}\n"
+    fd = service.fileno()
+    assert loaded.done("register", "web", "--fd", fd) == f"registered {said}; nothing is bound yet to {said}\n"
     loaded.done("bind", "web", "any", "198.51.100.0/24", "80")
     loaded.done("bind", "web", "any", "2001:db8:7::/64", "80")
+    assert loaded.done("register", "web", "--fd", fd) == f"registered {said}\n"
     for family, asked in (("ipv4", "198.51.100.1"), ("ipv6", "2001:db8:7::1")):
         if family in said:
             assert stage.ask(kind, asked, 80) == "service"
@@ -116,7 +118,8 @@ def test_a_socket_of_another_namespace_is_refused(loaded: Command) -> None:
         (("drop", "--fd", "3"), "'drop' is a verdict, not a label: choose another name"),
         (("web", "--fd", "-1"), "-1 is not in the range"),
         (("web", "--fd", str(1 << 31)), "2147483648 is not in the range"),
-        (("web", "--fd", "3", "--add", "--to", "/x"), "--add cannot be handed over: the server replaces what"),
+        (("web", "--fd", "3", "--add", "--to", "/x"), "and replaces what the label had: leave out --add, --netns"),
+        (("web", "--fd", "3", "--netns", "/proc/self/ns/net", "--to", "/x"), "with --to the server decides where"),
     ],
 )
 def test_register_without_what_it_needs_is_a_usage_error(
@@ -143,20 +146,28 @@ def activated(command: Command, sockets: list[socket.socket], *words: str, **var
 @pytest.mark.parametrize(
     ("words", "names", "said"),
     [
-        ((), "web:dns", "registered web ipv4 tcp\nregistered dns ipv4 udp\n"),
+        ((), "web:dns", "registered web ipv4 tcp\nregistered dns ipv4 udp; nothing is bound yet to dns ipv4 udp\n"),
         ((), "web:web", "registered web ipv4 tcp, web ipv4 udp\n"),
-        (("all",), "web:dns", "registered all ipv4 tcp, all ipv4 udp\n"),
-        ((), "", "registered unknown ipv4 tcp, unknown ipv4 udp\n"),
+        (("web",), "this:that", "registered web ipv4 tcp, web ipv4 udp\n"),
+        (("web",), "", "registered web ipv4 tcp, web ipv4 udp\n"),
     ],
 )
 def test_sockets_of_a_systemd_unit_are_registered_by_their_names_or_for_one_label(
     loaded: Command, stage: Stage, words: tuple[str, ...], names: str, said: str
 ) -> None:
     sockets = [stage.serve("service", TCP, HOME, 8008), stage.serve("dns", UDP, HOME, 8053)]
+    loaded.done("bind", "web", "any", "198.51.100.0/24", "80")
     assert activated(loaded, sockets, *words, LISTEN_FDNAMES=names) == (0, said, "")
-    label = said.split()[1]
-    loaded.done("bind", label, "tcp", "198.51.100.0/24", "80")
     assert stage.ask(TCP, "198.51.100.1", 80) == "service"
+
+
+@pytest.mark.parametrize("names", ["", "unknown", "web:unknown"])
+def test_sockets_of_a_systemd_unit_without_names_take_a_label(loaded: Command, stage: Stage, names: str) -> None:
+    sockets = [stage.serve("service", TCP, HOME, 8008), stage.serve("dns", UDP, HOME, 8053)]
+    given = activated(loaded, sockets[: names.count(":") + 1], LISTEN_FDNAMES=names)
+    said = "the descriptors have no names: give a label"
+    assert given == (2, "", f"fastrecv lookup register: {said} (see fastrecv lookup register --help)\n")
+    assert registered(loaded) == []
 
 
 def test_sockets_that_systemd_meant_for_another_process_are_not_taken(loaded: Command, stage: Stage) -> None:
@@ -280,7 +291,10 @@ def test_a_process_that_is_not_the_users_to_trace_is_a_missing_privilege(loaded:
             said = loaded("register-pid", 1, "web", "tcp", HOME, 8008)
         assert child.poll() is None
     assert (said.code, said.out) == (77, "")
-    assert one_line(said.err).endswith("are not yours to take: run as root, or with CAP_SYS_PTRACE")
+    assert one_line(said.err) == (
+        "the sockets of process 1 are not yours to take: that needs CAP_SYS_PTRACE, or its user and all capabilities "
+        "that it has"
+    )
 
 
 @pytest.mark.parametrize("content", ["", "0", "-1", "web", "1 2", "9" * 99, "²", "\0\x80"])
@@ -332,14 +346,19 @@ def test_a_socket_is_handed_over_to_a_server_which_ends_when_told(
     path = tmp_path / "door"
     service = stage.serve("service", TCP, HOME, 8008)
     arguments = ("register", "web", "--fd", service.fileno(), "--to", path)
-    assert loaded.refused(*arguments) == f"nobody serves {path}: start `fastrecv lookup serve {path}`"
+    hint = f"start `fastrecv lookup serve {path}`"
+    assert loaded.refused(*arguments) == f"nobody serves {path} (No such file or directory): {hint}"
+    loaded.done("bind", *WEB)
     with loaded.process("serve", path) as server:
         try:
             assert server.stdout is not None
+            assert server.stdout.readline() == "no --owner was given: root alone may register\n"
             assert server.stdout.readline() == f"serving {path}\n"
             assert loaded.done(*arguments) == "registered web ipv4 tcp\n"
             assert registered(loaded) == [("web", "ipv4", "tcp", 1)]
-            assert loaded.refused("serve", path) == f"{path} is served already"
+            with loaded.process("serve", path) as second:
+                out, err = second.communicate(timeout=30)
+            assert (second.returncode, out, one_line(err)) == (1, "", f"{path} is served already")
             server.send_signal(signal.SIGTERM)
             out, err = server.communicate(timeout=30)
         finally:

@@ -47,6 +47,8 @@ def test_a_prefix_or_one_address_is_understood(word: str, meant: str) -> None:
         ("fe80::1%eth0", "'fe80::1%eth0' has a zone: leave %... out, and give the interface by itself"),
         ("fe80::%eth0/64", "has a zone"),
         ("192.0.2.0/33", "'192.0.2.0/33' is no prefix: give one like 192.0.2.0/24 or 2001:db8::/32"),
+        ("0.0.0.0", "'0.0.0.0' is one address that no packet is for: give 0.0.0.0/0 for every address"),
+        ("::", "'::' is one address that no packet is for: give ::/0 for every address"),
         ("192.0.2", "is no prefix"),
         ("web.example", "is no prefix"),
         ("", "'' is no prefix"),
@@ -91,7 +93,7 @@ def test_an_interface_is_its_name_or_its_index() -> None:
     assert ruletext.interface_name(1 << 30) == str(1 << 30), "one that has gone is called by its index"
 
 
-@pytest.mark.parametrize("word", ["nope", "", 0, -1, 1 << 31, "9" * 5000, "l\0o", "x" * 99])
+@pytest.mark.parametrize("word", ["nope", "", 0, -1, 1 << 30, "1073741824", 1 << 31, "9" * 5000, "l\0o", "x" * 99])
 def test_an_interface_that_is_not_there_is_refused_by_name(word: str | int) -> None:
     with pytest.raises(RuleSetError) as caught:
         ruletext.interface_index(word)
@@ -179,6 +181,9 @@ def test_an_empty_list_is_no_mistake(tmp_path: Path, name: str, content: str) ->
         ({"interface": "nope"}, "bindings[1]: there is no interface 'nope'"),
         ({"label": "two words"}, "bindings[1]: label 'two words': give 1 to 255 bytes, printable and without spaces"),
         ({"label": ""}, "bindings[1]: label ''"),
+        ({"label": "DROP"}, "bindings[1]: 'drop' is a verdict, not a label"),
+        ({"interface": 1 << 30}, "bindings[1]: there is no interface 1073741824: give its name or index"),
+        ({"prefix": "::"}, "bindings[1]: '::' is one address that no packet is for: give ::/0"),
         ({"label": "ä" * 128}, "bindings[1]: label"),
     ],
 )  # fmt: skip
@@ -237,9 +242,9 @@ BINDINGS = st.sampled_from([4, 6]).flatmap(
         protocol=st.sampled_from(["tcp", "udp", "any"]),
         prefix=networks(version),
         ports=PORTS.filter(lambda ports: ports != (0, 0)),
-        label=LABELS.filter(lambda label: label != "drop"),
+        label=LABELS.filter(lambda label: label is None or label.lower() != "drop"),
         source=st.none() | networks(version),
-        interface=st.sampled_from([0, socket.if_nametoindex("lo"), 1 << 30]),
+        interface=st.sampled_from([0, socket.if_nametoindex("lo")]),
         on_miss=st.sampled_from(["drop", "pass"]),
     )
 )

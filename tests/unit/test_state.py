@@ -259,9 +259,19 @@ def test_what_is_no_label_is_refused(label: str | None) -> None:
     assert said.startswith(f"label {label!r}" if label is None or len(label) < 40 else f"label {label[:40]!r}...: ")
 
 
-def test_the_verdict_is_no_label() -> None:
+@pytest.mark.parametrize("label", ["drop", "Drop", "DROP"])
+def test_the_verdict_is_no_label(label: str) -> None:
     with pytest.raises(RuleSetError, match="'drop' is a verdict, not a label: choose another name"):
-        check_label("drop")
+        check_label(label)
+
+
+@pytest.mark.parametrize("label", ["a", "b", None])
+def test_a_rule_set_with_a_binding_twice_is_refused_and_nothing_is_changed(label: str | None) -> None:
+    state = State.empty()
+    state.replace([bound("kept")])
+    with pytest.raises(RuleSetError, match=rf"tcp 0\.0\.0\.0/32 port 80 is bound twice, to a and to {label or 'drop'}"):
+        state.replace([bound("a"), bound("a", number=1), bound(label)])
+    assert [binding.label for binding in state.bindings] == ["kept"]
 
 
 def test_a_rule_set_with_a_wrong_label_is_refused_and_nothing_is_changed() -> None:
