@@ -87,19 +87,15 @@ SEC("sk_lookup")
 int lookup(struct bpf_sk_lookup *ctx)
 {
 	/* Every field before the first branch: see letter.bpf.c. */
-	__u32 family = ctx->family, protocol = ctx->protocol, port = ctx->local_port, ip4 = ctx->local_ip4;
-	__u32 ip6[4] = { ctx->local_ip6[0], ctx->local_ip6[1], ctx->local_ip6[2], ctx->local_ip6[3] };
-	__u32 from4 = ctx->remote_ip4, ifindex = ctx->ingress_ifindex;
-	__u32 from6[4] = { ctx->remote_ip6[0], ctx->remote_ip6[1], ctx->remote_ip6[2], ctx->remote_ip6[3] };
+	__u32 family = ctx->family, protocol = ctx->protocol, port = ctx->local_port, ip4, ip6[4];
+	__u32 ifindex = ctx->ingress_ifindex, from4, from6[4];
 	__u32 entry, number, index, member;
 	struct counters *count;
 	struct bpf_sock *sk;
 	struct rule *rule;
-	__u64 high, live;
-	int i, error = 0;
+	__u64 high = 0, low = 0, live;
+	int i, tree, error = 0;
 
-	asm volatile("" : "+r"(ip4), "+r"(ip6[0]), "+r"(ip6[1]), "+r"(ip6[2]), "+r"(ip6[3]));
-	asm volatile("" : "+r"(from4), "+r"(from6[0]), "+r"(from6[1]), "+r"(from6[2]), "+r"(from6[3]));
 
 	live = ifindex != 0; /* packets come in by an interface, test runs do not: they count nothing */
 	if (as_if_from)
@@ -109,23 +105,41 @@ int lookup(struct bpf_sk_lookup *ctx)
 	if (!entry)
 		return SK_PASS; /* nothing is bound on this port: the ordinary lookup decides */
 	number = entry & NUMBER;
-	if (entry >> 30 == TABLE && family == AF_INET) {
-		number = in_table(number, __builtin_bswap32(ip4));
+	tree = entry >> 30 == TREE;
+	if (entry >> 30 != ANSWER && family == AF_INET) {
+		ip4 = ctx->local_ip4;
+		asm volatile("" : "+r"(ip4)); /* else both branches' loads become one, which the verifier refuses */
+		high = __builtin_bswap32(ip4);
+		if (!tree)
+			number = in_table(number, high);
 	} else if (entry >> 30 != ANSWER) {
-		high = family == AF_INET ? __builtin_bswap32(ip4) : half_of(ip6[0], ip6[1]);
-		if (entry >> 30 == TABLE) {
+		ip6[0] = ctx->local_ip6[0];
+		ip6[1] = ctx->local_ip6[1];
+		ip6[2] = ctx->local_ip6[2];
+		ip6[3] = ctx->local_ip6[3];
+		asm volatile("" : "+r"(ip6[0]), "+r"(ip6[1]), "+r"(ip6[2]), "+r"(ip6[3]));
+		high = half_of(ip6[0], ip6[1]);
+		low = half_of(ip6[2], ip6[3]);
+		if (!tree) {
 			number = word_of(&first, (number << 16) + (high >> 48));
+			tree = number & BLOCK;
 			high <<= 16;
 		}
-		if (entry >> 30 == TREE || number & BLOCK)
-			number = in_tree(number & ~BLOCK, high, half_of(ip6[2], ip6[3]));
 	}
+	if (tree)
+		number = in_tree(number & ~BLOCK, high, low);
 	if (!number)
 		return SK_PASS; /* the address is not bound on this port */
 	rule = bpf_map_lookup_elem(&rules, &number);
 	if (!rule)
 		return SK_PASS;
 	if (conditions) {
+		from4 = ctx->remote_ip4;
+		from6[0] = ctx->remote_ip6[0];
+		from6[1] = ctx->remote_ip6[1];
+		from6[2] = ctx->remote_ip6[2];
+		from6[3] = ctx->remote_ip6[3];
+		asm volatile("" : "+r"(from4), "+r"(from6[0]), "+r"(from6[1]), "+r"(from6[2]), "+r"(from6[3]));
 		if (family == AF_INET) {
 			from6[0] = from4;
 			from6[1] = from6[2] = from6[3] = 0;
