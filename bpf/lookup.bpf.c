@@ -86,7 +86,6 @@ static __always_inline __u32 in_tree(__u32 number, __u64 high, __u64 low)
 SEC("sk_lookup")
 int lookup(struct bpf_sk_lookup *ctx)
 {
-	/* Every field before the first branch: see letter.bpf.c. */
 	__u32 family = ctx->family, protocol = ctx->protocol, port = ctx->local_port, ip4, ip6[4];
 	__u32 ifindex = ctx->ingress_ifindex, from4, from6[4];
 	__u32 entry, number, index, member;
@@ -95,7 +94,6 @@ int lookup(struct bpf_sk_lookup *ctx)
 	struct rule *rule;
 	__u64 high = 0, low = 0, live;
 	int i, tree, error = 0;
-
 
 	live = ifindex != 0; /* packets come in by an interface, test runs do not: they count nothing */
 	if (as_if_from)
@@ -108,7 +106,8 @@ int lookup(struct bpf_sk_lookup *ctx)
 	tree = entry >> 30 == TREE;
 	if (entry >> 30 != ANSWER && family == AF_INET) {
 		ip4 = ctx->local_ip4;
-		asm volatile("" : "+r"(ip4)); /* else both branches' loads become one, which the verifier refuses */
+		/* Else the compiler makes one load through a selected pointer of those in both branches: see letter.bpf.c. */
+		asm volatile("" : "+r"(ip4));
 		high = __builtin_bswap32(ip4);
 		if (!tree)
 			number = in_table(number, high);
@@ -133,7 +132,7 @@ int lookup(struct bpf_sk_lookup *ctx)
 	rule = bpf_map_lookup_elem(&rules, &number);
 	if (!rule)
 		return SK_PASS;
-	if (conditions) {
+	if (conditions) { /* all of them before the next branch, for the same reason */
 		from4 = ctx->remote_ip4;
 		from6[0] = ctx->remote_ip6[0];
 		from6[1] = ctx->remote_ip6[1];

@@ -155,7 +155,7 @@ def test_unbind_refuses_what_is_not_there_or_leads_to_another_label(loaded: Comm
         (("\udcff", "tcp", "198.51.100.0/24", "80"), "Invalid value for 'LABEL'"),
         (("web", "tcp", "198.51.100.0/24"), "Missing argument 'PORT'."),
         ((*WEB, "--source", "nonsense"), "'nonsense' is no prefix"),
-        (("web", "tcp", "0.0.0.0", "80"), "no packet is for: give 0.0.0.0/0 for every address"),
+        (("web", "tcp", "::", "80"), "no packet is for: give ::/0 for every address"),
         (("DROP", "tcp", "198.51.100.0/24", "80"), "'drop' is a verdict, not a label: choose another name"),
         (("drop", *WEB[1:], "--on-miss", "pass"), "what is dropped has no misses: leave --on-miss out"),
         ((*WEB, "--netns", "/nonexistent"), "'/nonexistent': No such file or directory"),
@@ -262,7 +262,10 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(loaded: Command, tmp
     ("entries", "said"),
     [
         ([{"port": 80}, {"port": "http"}], "file.json, bindings[1]: 'http' is no port"),
-        ([{"port": 80}, {"port": 80, "label": "other"}], "tcp 198.51.100.0/24 port 80 is bound twice, to web and to other"),
+        (
+            [{"port": 80}, {"port": 80, "label": "other"}],
+            "tcp 198.51.100.0/24 port 80 is bound twice, to web and to other",
+        ),
         ([{"port": "80-81"}] * 2, "tcp 198.51.100.0/24 ports 80-81 is bound twice, to web and to web"),
         ([{"port": 80}, {"port": 81, "colour": "red"}], "unknown field `colour` - at `$.bindings[1]`"),
     ],
@@ -310,7 +313,8 @@ def test_a_place_that_is_no_bpf_file_system_is_refused_with_the_command_that_mak
 ) -> None:
     said = lookup.bare("lookup", "status", "--bpffs", tmp_path)
     assert (said.code, said.out) == (1, "")
-    assert one_line(said.err) == f"{tmp_path} is no BPF file system: mount -t bpf bpf {tmp_path}, or say with --bpffs where one is"
+    cure = f"mount -t bpf bpf {tmp_path}, or say with --bpffs where one is"
+    assert one_line(said.err) == f"{tmp_path} is no BPF file system: {cure}"
     said = lookup.bare("lookup", "load", "--bpffs", "/nonexistent")
     assert one_line(said.err) == "/nonexistent does not exist: give the mount point of a BPF file system with --bpffs"
 

@@ -294,9 +294,7 @@ def test_explain_tells_of_a_group_and_of_sockets_that_the_kernel_refuses(loaded:
     loaded.done("register", "web", "--fd", group[0].fileno(), "--fd", group[1].fileno())
     words = ("udp", "203.0.113.1", "198.51.100.9:80")
     first = loaded.done("explain", *words).splitlines()[0]
-    assert first == (
-        f"socket: web has socket sk:{cookie_of(group[0]):x}, the first of 2 that are registered"
-    )
+    assert first == (f"socket: web has socket sk:{cookie_of(group[0]):x}, the first of 2 that are registered")
     for member in group:
         member.connect(("198.51.100.3", 9))
     before = untouched(loaded)

@@ -47,7 +47,7 @@ def test_a_prefix_or_one_address_is_understood(word: str, meant: str) -> None:
         ("fe80::1%eth0", "'fe80::1%eth0' has a zone: leave %... out, and give the interface by itself"),
         ("fe80::%eth0/64", "has a zone"),
         ("192.0.2.0/33", "'192.0.2.0/33' is no prefix: give one like 192.0.2.0/24 or 2001:db8::/32"),
-        ("0.0.0.0", "'0.0.0.0' is one address that no packet is for: give 0.0.0.0/0 for every address"),
+        ("0.0.0.0", "'0.0.0.0' is one address that no packet is for: give 0.0.0.0/0 for every"),  # noqa: S104
         ("::", "'::' is one address that no packet is for: give ::/0 for every address"),
         ("192.0.2", "is no prefix"),
         ("web.example", "is no prefix"),
