@@ -70,7 +70,8 @@ class Server(BoundedThreads, socketserver.UnixStreamServer):
         return False
 
     def server_close(self) -> None:
-        remove_path(self.socket, self._owned)
+        with contextlib.suppress(PermissionError):  # in another's directory; who serves next removes it
+            remove_path(self.socket, self._owned)
         super().server_close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socketserver
+import sys
 import threading
 import time
 from typing import Any
@@ -28,6 +29,10 @@ class BoundedThreads(socketserver.ThreadingMixIn):
         except OSError:
             time.sleep(0.1)  # no descriptor is free: without a pause it would be asked for again at once
             raise
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # a peer that leaves, or says nothing, is no news
+            super().handle_error(request, client_address)  # type: ignore[misc] # of the server, too
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._places.acquire()

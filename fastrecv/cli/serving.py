@@ -50,8 +50,8 @@ def serve_until_stopped(server: BaseServer, said: str, netns: str | None, *capab
         with contextlib.closing(Namespace.open(netns)) as namespace:
             namespace.settle()
     privileges.keep_only(*capabilities)
-    click.echo(said)
     try:
+        click.echo(said)
         server.serve_forever()
     except KeyboardInterrupt:
         click.echo("stopped")

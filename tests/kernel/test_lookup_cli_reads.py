@@ -6,10 +6,14 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from prometheus_client import Metric
@@ -111,9 +115,9 @@ def test_metrics_of_nothing_loaded_say_that_it_is_down(lookup: Command) -> None:
 
 
 @contextlib.contextmanager
-def serving(lookup: Command, *arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(lookup: Command, *arguments: object, **options: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`metrics --listen` as a process, and the address that it says."""
-    with lookup.process("metrics", "--listen", *arguments) as server:
+    with lookup.process("metrics", "--listen", *arguments, **options) as server:
         try:
             assert server.stdout is not None
             match = re.fullmatch(r"serving (http://\S+/metrics)\n", server.stdout.readline())
@@ -142,6 +146,38 @@ def test_metrics_over_http_follow_what_is_loaded_and_end_when_told(lookup: Comma
         server.send_signal(signal.SIGTERM)
         assert server.communicate(timeout=30) == ("stopped\n", "")
     assert server.returncode == 0
+
+
+def idle(stack: contextlib.ExitStack, url: str, number: int) -> None:
+    """Peers that connect and say nothing, until the stack is closed."""
+    place = urlsplit(url)
+    assert place.hostname is not None
+    assert place.port is not None
+    for _ in range(number):
+        stack.enter_context(socket.create_connection((place.hostname, place.port), 10))
+
+
+def test_no_thread_that_serves_metrics_has_a_capability(lookup: Command) -> None:
+    many = os.environ | {"OPENBLAS_NUM_THREADS": "4"}  # numpy's, which are started before anything is given up
+    with serving(lookup, "127.0.0.1:0", env=many) as (server, url), contextlib.ExitStack() as stack:
+        idle(stack, url, 3)
+        tasks = Path(f"/proc/{server.pid}/task")
+        while len(list(tasks.iterdir())) < 4:
+            assert server.poll() is None
+        for task in tasks.iterdir():
+            status = dict(line.split(":\t") for line in (task / "status").read_text().splitlines())
+            assert [int(status[f"Cap{name}"], 16) for name in ("Eff", "Prm", "Inh", "Amb")] == [0] * 4
+            assert status["NoNewPrivs"] == "1"
+
+
+def test_idle_peers_keep_a_scrape_waiting_no_longer_than_they_may_stay(lookup: Command) -> None:
+    with serving(lookup, "127.0.0.1:0") as (server, url), contextlib.ExitStack() as stack:
+        idle(stack, url, 40)
+        begun = time.monotonic()
+        assert values(scraped(url)["fastrecv_lookup_up"]) == {(): 0}
+        assert time.monotonic() - begun < 8, "a peer has 5 s"
+        server.send_signal(signal.SIGTERM)
+        assert server.communicate(timeout=30) == ("stopped\n", "")
 
 
 def test_metrics_of_another_namespace_are_served_here(lookup: Command) -> None:
