@@ -105,7 +105,7 @@ class _Request(socketserver.BaseRequestHandler):
         self.request.settimeout(_PATIENCE)
         pid, uid = _peer(self.request)
         label = "?"
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:  # which has closed every copy before the peer is told
             try:
                 said, descriptors, flags, _ = socket.recv_fds(self.request, _MAX_LABEL + 1, _MAX_DESCRIPTORS)
                 for fd in descriptors:
@@ -117,10 +117,10 @@ class _Request(socketserver.BaseRequestHandler):
                 answer = "ok " + self._answer(label, uid, descriptors, flags, stack)
             except (OSError, RuleSetError, UnicodeDecodeError) as error:
                 answer = f"no {error}"
-            with contextlib.suppress(OSError):
-                self.request.send(answer.encode()[:_MAX_ANSWER])
         word, _, text = answer.partition(" ")
         self.server.log(f"{label} from process {pid}, uid {uid}: {'registered' if word == 'ok' else 'refused:'} {text}")
+        with contextlib.suppress(OSError):
+            self.request.send(answer.encode()[:_MAX_ANSWER])
 
     def _answer(self, label: str, uid: int, descriptors: list[int], flags: int, stack: contextlib.ExitStack) -> str:
         if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
