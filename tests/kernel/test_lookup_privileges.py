@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,6 +57,8 @@ CHANGE = {CAP_BPF}
 
 def as_user(user: int, group: int, action: Callable[[], int]) -> int:
     """A child that has become another user, without capabilities, and does something: its process id."""
+    if not os.stat("/").st_mode & stat.S_IXOTH:  # noqa: PTH116 - some folders that serve as a machine are closed
+        pytest.skip("the root directory is closed to other users here")
     child = os.fork()
     if child:
         return child
