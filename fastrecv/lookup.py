@@ -34,7 +34,7 @@ from fastrecv.errors import BpfError, StateError
 from fastrecv.members import Members
 from fastrecv.netns import Namespace
 from fastrecv.rules import Binding, Destination, compile_rules
-from fastrecv.state import DROP, Change, State, check_label, key_of
+from fastrecv.state import ANEW, DROP, Change, State, check_label, key_of
 
 __all__ = ["BPFFS", "COUNTERS", "ERRORS", "Dispatcher", "PathLike", "Serving", "directory_of"]
 
@@ -42,8 +42,6 @@ BPFFS = Path("/sys/fs/bpf")
 COUNTERS = ("lookups", "misses", "unfit", "family", "taken", "other")
 """Of a destination: struct counters of bpf/lookup.h."""
 ERRORS = COUNTERS[2:]
-
-_ANEW = "`fastrecv lookup unload`, then load, bind and register anew"
 
 PathLike = str | os.PathLike[str]
 
@@ -129,7 +127,7 @@ class Dispatcher:
                 return None
             raise
         if link.info.netns_inode == 0:
-            raise StateError(f"the program was detached by other means: {_ANEW}")
+            raise StateError(f"the program was detached by other means: {ANEW}")
         return link
 
     def _in_force(self) -> Path:
@@ -161,7 +159,7 @@ class Dispatcher:
                 "has replaced it. `fastrecv lookup upgrade` puts this version's in its place"
             )
         if info.tag != self.state.tag:
-            raise StateError(f"the program has tag {info.tag}, its state was written for {self.state.tag}: {_ANEW}")
+            raise StateError(f"the program has tag {info.tag}, its state was written for {self.state.tag}: {ANEW}")
         if not self._read_only and self.state.program != generations.digest():
             raise StateError(
                 f"program {info.tag} was loaded by fastrecv {self.state.version}, and this fastrecv "
@@ -175,7 +173,7 @@ class Dispatcher:
             try:
                 opened = Map.open(self._directory / name, np.uint32, dtype, read_only=self._read_only)
             except ValueError as error:
-                raise StateError(f"its map {name} is of another layout ({error}): {_ANEW}") from None
+                raise StateError(f"its map {name} is of another layout ({error}): {ANEW}") from None
             yield self._held.enter_context(opened)
 
     def _close_program(self) -> None:

@@ -15,8 +15,8 @@ from fastrecv.state import MAX_DESTINATIONS
 
 __all__ = ["PLACES", "Members"]
 
-SPARE = MEMBERS * MAX_DESTINATIONS  # the place of no destination
-PLACES = SPARE + 1
+_SPARE = MEMBERS * MAX_DESTINATIONS  # the place of no destination
+PLACES = _SPARE + 1
 
 
 class Members:
@@ -41,13 +41,13 @@ class Members:
         found = []
         for member in group:
             try:
-                self._sockets.update([SPARE], [member.fileno()])
+                self._sockets.update([_SPARE], [member.fileno()])
             except BpfError as error:
                 if error.errno != EBUSY:  # a socket is in one REUSEPORT_SOCKARRAY or in SOCKMAPs
                     raise SocketRefusedError(f"{described(member)}: {error.strerror}") from None
                 continue
             found.append(member)
-        self._empty([SPARE])
+        self._empty([_SPARE])
         if not found:
             raise SocketRefusedError(
                 f"{described(group[0])}: a REUSEPORT_SOCKARRAY holds the socket, a program balances its group. "

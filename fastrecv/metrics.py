@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from importlib.metadata import version
 
@@ -12,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from fastrecv.lookup import BPFFS, ERRORS, Dispatcher
-from fastrecv.rules import PROTOCOL_NAMES
+from fastrecv.rules import FAMILY_NAMES, PROTOCOL_NAMES
 
 __all__ = ["DispatcherCollector", "text"]
 
@@ -57,8 +56,7 @@ def _families(dispatcher: Dispatcher) -> Iterator[Metric]:
     )
     sockets = GaugeMetricFamily("fastrecv_lookup_sockets", "Sockets registered.", labels=_NAMES)
     for name, _, members, counters in dispatcher.serving():
-        family = "ipv4" if name.family == socket.AF_INET else "ipv6"
-        labels = [name.label or "drop", family, PROTOCOL_NAMES[name.protocol]]
+        labels = [name.label or "drop", FAMILY_NAMES[name.family], PROTOCOL_NAMES[name.protocol]]
         lookups.add_metric(labels, counters["lookups"])
         if name.label is None:
             continue

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from fastrecv.steering_tables import FEW, RULE, Layout, Numbers, Tables, begins
 
 __all__ = [
+    "FAMILIES",
+    "FAMILY_NAMES",
     "MAX_ALTERNATIVES",
     "MAX_EXPANDED",
     "MEMBERS",
@@ -45,6 +47,8 @@ MAX_TABLES = 1024  # IPv4 tables of 256 KiB: sets of ports with more than a few 
 _LAST, _DROP, _PASS = 1, 2, 4  # flags of a rule in lookup.h
 PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
+FAMILIES: dict[str, int] = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
+FAMILY_NAMES = {number: name for name, number in FAMILIES.items()}
 
 
 class Destination(NamedTuple):

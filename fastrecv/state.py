@@ -14,14 +14,25 @@ import msgspec
 from fastrecv.errors import StateError
 from fastrecv.rules import PROTOCOLS, Binding, Destination, RuleSetError, bound_twice, destinations_of
 
-__all__ = ["DROP", "FORMAT", "MAX_BINDINGS", "MAX_DESTINATIONS", "Change", "Key", "State", "check_label", "key_of"]
+__all__ = [
+    "ANEW",
+    "DROP",
+    "FORMAT",
+    "MAX_BINDINGS",
+    "MAX_DESTINATIONS",
+    "Change",
+    "Key",
+    "State",
+    "check_label",
+    "key_of",
+]
 
 FORMAT = 1  # of the document and of the maps beside it; another number is another fastrecv's
 MAX_BINDINGS = 1_000_000
 MAX_DESTINATIONS = 4096  # (label, family, protocol) with bindings or sockets
 _REST = 60.0  # seconds until a number is given out again: no packet is under way in a program for so long
 
-_ANEW = "`fastrecv lookup unload`, then load, bind and register anew"
+ANEW = "`fastrecv lookup unload`, then load, bind and register anew"
 
 Key = tuple[str, bytes, int, int, int, bytes, int, int]
 """What makes a binding this one and no other: everything but its label and what becomes of misses."""
@@ -115,7 +126,7 @@ class State(msgspec.Struct, forbid_unknown_fields=True):
         try:
             head = msgspec.msgpack.decode(data, type=_Head)
         except msgspec.DecodeError as error:
-            raise StateError(f"the document of this dispatcher cannot be read ({error}): {_ANEW}") from None
+            raise StateError(f"the document of this dispatcher cannot be read ({error}): {ANEW}") from None
         if head.format != FORMAT:
             raise StateError(
                 f"this dispatcher was loaded by fastrecv {head.version} (state format {head.format}, here "
@@ -124,7 +135,7 @@ class State(msgspec.Struct, forbid_unknown_fields=True):
         try:
             return msgspec.msgpack.decode(data, type=cls)
         except msgspec.DecodeError as error:
-            raise StateError(f"the document of this dispatcher cannot be read ({error}): {_ANEW}") from None
+            raise StateError(f"the document of this dispatcher cannot be read ({error}): {ANEW}") from None
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)

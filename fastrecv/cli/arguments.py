@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import os
 import re
-import socket
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
@@ -30,7 +29,6 @@ __all__ = [
     "PREFIX",
     "PROCESS",
     "entered",
-    "family_of",
     "place",
 ]
 
@@ -167,7 +165,3 @@ def entered(netns: str | None) -> Any:
         return
     with contextlib.closing(Namespace.open(netns)) as namespace, namespace:
         yield
-
-
-def family_of(word: str | None) -> int | None:
-    return {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6, None: None}[word]

@@ -25,13 +25,12 @@ from fastrecv.cli.arguments import (
     PREFIX,
     PROCESS,
     entered,
-    family_of,
     place,
 )
 from fastrecv.cli.serving import serve_until_stopped
 from fastrecv.errors import StateError
 from fastrecv.lookup import Dispatcher
-from fastrecv.rules import PROTOCOL_NAMES, PROTOCOLS, Destination, RuleSetError
+from fastrecv.rules import FAMILIES, FAMILY_NAMES, PROTOCOL_NAMES, PROTOCOLS, Destination, RuleSetError
 from fastrecv.state import DROP, Change, check_label
 
 __all__ = ["lookup"]
@@ -217,7 +216,7 @@ def _registered(dispatcher: Dispatcher, destinations: Iterable[Destination]) -> 
 
 def _named(destinations: Iterable[Destination]) -> str:
     return ", ".join(
-        f"{name.label} {lookup_reads.family_name(name.family)} {PROTOCOL_NAMES[name.protocol]}" for name in destinations
+        f"{name.label} {FAMILY_NAMES[name.family]} {PROTOCOL_NAMES[name.protocol]}" for name in destinations
     )
 
 
@@ -299,7 +298,7 @@ def register_pid(
 def unregister(label: str, family: str | None, protocol: str | None, netns: str | None, bpffs: Path) -> None:
     """Forget the sockets of a label. Its bindings stay, and miss."""
     with Dispatcher(netns, bpffs=bpffs) as dispatcher:
-        gone = dispatcher.unregister(label, family_of(family), PROTOCOLS.get(protocol or ""))
+        gone = dispatcher.unregister(label, FAMILIES.get(family or ""), PROTOCOLS.get(protocol or ""))
         click.echo(f"unregistered {_named(gone)}")
 
 

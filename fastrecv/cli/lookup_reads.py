@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from datetime import datetime
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
@@ -18,14 +17,10 @@ from fastrecv.cli.arguments import ENDPOINT, LABEL_OR_DROP, PORTS, PREFIX, enter
 from fastrecv.cli.serving import HttpServer, serve_until_stopped
 from fastrecv.errors import StateError
 from fastrecv.lookup import ERRORS, Dispatcher, Serving
-from fastrecv.rules import PROTOCOL_NAMES, PROTOCOLS, Binding
+from fastrecv.rules import FAMILY_NAMES, PROTOCOL_NAMES, PROTOCOLS, Binding
 from fastrecv.state import DROP
 
-__all__ = ["COMMANDS", "family_name"]
-
-
-def family_name(family: int) -> str:
-    return "ipv4" if family == socket.AF_INET else "ipv6"
+__all__ = ["COMMANDS"]
 
 
 @click.command()
@@ -79,7 +74,7 @@ def _row(found: Serving) -> tuple[object, ...]:
     name, bindings, sockets, counters = found
     errors = ", ".join(f"{counters[reason]:,} {reason}" for reason in ERRORS if counters[reason])
     return (
-        name.label or DROP, family_name(name.family), PROTOCOL_NAMES[name.protocol], bindings,
+        name.label or DROP, FAMILY_NAMES[name.family], PROTOCOL_NAMES[name.protocol], bindings,
         " ".join(f"sk:{cookie:x}" for cookie in sockets) or "-", counters["lookups"], counters["misses"], errors or "0",
     )  # fmt: skip
 
@@ -87,7 +82,7 @@ def _row(found: Serving) -> tuple[object, ...]:
 def _document(found: Serving) -> dict[str, object]:
     name, bindings, sockets, counters = found
     return {
-        "label": name.label or DROP, "family": family_name(name.family), "protocol": PROTOCOL_NAMES[name.protocol],
+        "label": name.label or DROP, "family": FAMILY_NAMES[name.family], "protocol": PROTOCOL_NAMES[name.protocol],
         "bindings": bindings, "sockets": sockets, "lookups": counters["lookups"], "misses": counters["misses"],
         "errors": {reason: counters[reason] for reason in ERRORS},
     }  # fmt: skip

@@ -14,6 +14,7 @@ import pytest
 
 from fastrecv import bpf
 from fastrecv.bench.runner import NEEDS
+from tests.kernel.commands import Command
 from tests.kernel.steering import SCRIPTED, Compile, Stage, staged
 
 HERE = Path(__file__).parent
@@ -106,3 +107,15 @@ def bpffs() -> Iterator[Path]:
             yield Path(made)
         finally:
             subprocess.run(["umount", made], check=True)
+
+
+@pytest.fixture
+def lookup(stage: Stage, bpffs: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    """`fastrecv lookup` in the stage's namespace; nothing is loaded yet."""
+    return Command(bpffs, capsys)
+
+
+@pytest.fixture
+def loaded(lookup: Command) -> Command:
+    assert lookup.done("load") == "loaded\n"
+    return lookup

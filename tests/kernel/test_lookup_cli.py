@@ -21,18 +21,6 @@ from tests.kernel.steering import Stage
 
 
 @pytest.fixture
-def lookup(stage: Stage, bpffs: Path, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Nothing is loaded yet."""
-    return Command(bpffs, capsys)
-
-
-@pytest.fixture
-def loaded(lookup: Command) -> Command:
-    assert lookup.done("load") == "loaded\n"
-    return lookup
-
-
-@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Locks are not waited for."""
     defaults = Dispatcher.__init__.__kwdefaults__

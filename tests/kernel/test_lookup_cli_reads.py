@@ -27,18 +27,6 @@ from tests.kernel.commands import WEB, Command, one_line
 from tests.kernel.steering import TCP, UDP, Stage
 
 
-@pytest.fixture
-def lookup(stage: Stage, bpffs: Path, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Nothing is loaded yet."""
-    return Command(bpffs, capsys)
-
-
-@pytest.fixture
-def loaded(lookup: Command) -> Command:
-    assert lookup.done("load") == "loaded\n"
-    return lookup
-
-
 def test_status_has_a_row_for_every_destination(loaded: Command, stage: Stage) -> None:
     (line,) = loaded.done("status").splitlines()
     assert re.fullmatch(

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from errno import EPERM
-from pathlib import Path
 
 import pytest
 
@@ -15,18 +14,6 @@ from fastrecv import features, lookup_life
 from fastrecv.features import Feature
 from tests.kernel.commands import COMMAND, WEB, Command, one_line
 from tests.kernel.steering import UDP, Stage
-
-
-@pytest.fixture
-def lookup(stage: Stage, bpffs: Path, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Nothing is loaded yet."""
-    return Command(bpffs, capsys)
-
-
-@pytest.fixture
-def loaded(lookup: Command) -> Command:
-    assert lookup.done("load") == "loaded\n"
-    return lookup
 
 
 def missing() -> None:

@@ -21,13 +21,6 @@ from tests.kernel.steering import TCP, UDP, Stage
 HOME = "198.51.100.2"
 
 
-@pytest.fixture
-def loaded(stage: Stage, bpffs: Path, capsys: pytest.CaptureFixture[str]) -> Command:
-    command = Command(bpffs, capsys)
-    assert command.done("load") == "loaded\n"
-    return command
-
-
 def registered(command: Command) -> list[tuple[str, str, str, int]]:
     """Label, family, protocol and the number of the sockets, of all that have any."""
     return sorted(
