@@ -2,45 +2,65 @@
 /*
  * The balancer: which member of a reuseport group gets a sender.
  *
- *   key of the sender -> hash -> bucket -> slot -> socket
+ *   prefix of the sender, where one is placed -> slot
+ *   key of the sender -> hash -> bucket       -> slot -> socket
  *
  * Which bucket has which slot is a table that is exchanged as a whole (fastrecv/buckets.py makes it), so senders whose
- * bucket stays never move. User space computes the same hash: fastrecv/policies.py.
+ * bucket stays never move.
  */
 #include <linux/bpf.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
+#include "balance.h"
 
-#define AF_INET 2       /* include/linux/socket.h */
-#define ETH_P_IP 0x0800 /* include/uapi/linux/if_ether.h */
-#define ENOENT 2        /* include/uapi/asm-generic/errno-base.h */
+#define ENOENT 2 /* include/uapi/asm-generic/errno-base.h */
 
-#define BUCKETS 4096
 #define SLOTS 128
 #define NOBODY 0xffff /* the slot of a bucket that nobody has */
-
-/* What is hashed. */
-#define SOURCE 1
-#define SOURCE_PORT 2
-#define DESTINATION 4
-#define DESTINATION_PORT 8
 
 /* What becomes of a sender whose slot has no socket. */
 #define EMPTY_DROP 0
 #define EMPTY_KERNEL 1
 #define EMPTY_NEXT 2
 
-/* Set before load. Masks in network byte order; IPv4 addresses are ::ffff:a.b.c.d. */
-const volatile __u32 fields;
-const volatile __u32 source_mask4, source_mask6[4];
-const volatile __u64 seed;
+/* Set before load. */
 const volatile __u32 empty;
+const volatile __u32 mapped;       /* SOURCE or DESTINATION: its prefixes may have slots of their own */
+const volatile __u32 tracking;     /* whether slots can be drained sender by sender */
+const volatile __u32 counting = 1; /* 0: to measure what it costs */
 
 struct counters {
 	__u64 selected;
-	__u64 empty;     /* its slot had no socket */
+	__u64 empty;      /* its slot had no socket */
+	__u64 fallback;   /* given to this slot because its own had no socket */
 	__u64 unreadable; /* no IP header where there should be one */
-	__u64 wrong;     /* the socket in the slot is of another group */
+	__u64 wrong;      /* the socket in the slot is of another group */
+};
+
+/* What user space changes while the program runs. */
+struct control {
+	__u64 leaving[SLOTS / 64]; /* slots that are being drained sender by sender, a bit each */
+	__u32 draining;            /* whether any is */
+	__u32 sampling;            /* one packet in so many is told to the ring buffer; 0: none */
+};
+
+struct known {
+	__u64 seen; /* ns, CLOCK_MONOTONIC */
+	__u32 slot;
+	__u32 unused;
+};
+
+struct prefix {
+	__u32 length; /* bits, counted in the mapped address */
+	__u8 address[16];
+};
+
+struct choice { /* what a watcher is told */
+	struct flow flow;
+	__u32 bucket;
+	__u32 slot;   /* SLOTS: none */
+	__s32 outcome; /* 0: selected; else what the kernel answered, a negative errno */
+	__u64 time;    /* ns, CLOCK_MONOTONIC */
 };
 
 struct table {
@@ -71,92 +91,120 @@ struct {
 	__type(value, struct counters);
 } counts SEC(".maps");
 
-struct flow { /* network byte order */
-	__u32 source[4];
-	__u32 destination[4];
-	__u16 source_port;
-	__u16 destination_port;
-};
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct control);
+} control SEC(".maps");
 
-static __always_inline int flow_of_packet(struct sk_reuseport_md *md, struct flow *flow)
+struct { /* of user space alone: what the table in force was made from, or is to be */
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, SLOTS);
+	__type(key, __u32);
+	__type(value, __u32);
+} weights SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 1 << 16);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct prefix);
+	__type(value, __u32);
+} places SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1);
+	__type(key, __u64);
+	__type(value, struct known);
+} senders SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 18);
+} choices SEC(".maps");
+
+static __always_inline __u32 slot_of_table(__u32 bucket)
 {
-	__u16 ports[2];
+	__u32 zero = 0, *entry;
+	void *table = bpf_map_lookup_elem(&tables, &zero);
 
-	if (md->eth_protocol == bpf_htons(ETH_P_IP)) {
-		flow->source[2] = flow->destination[2] = bpf_htonl(0xffff);
-		if (bpf_skb_load_bytes_relative(md, 12, &flow->source[3], 4, BPF_HDR_START_NET) ||
-		    bpf_skb_load_bytes_relative(md, 16, &flow->destination[3], 4, BPF_HDR_START_NET))
-			return -1;
-	} else if (bpf_skb_load_bytes_relative(md, 8, flow->source, 16, BPF_HDR_START_NET) ||
-		   bpf_skb_load_bytes_relative(md, 24, flow->destination, 16, BPF_HDR_START_NET)) {
-		return -1;
-	}
-	if (bpf_skb_load_bytes(md, 0, ports, sizeof(ports)))
-		return -1;
-	flow->source_port = ports[0];
-	flow->destination_port = ports[1];
-	return 0;
+	entry = table ? bpf_map_lookup_elem(table, &bucket) : 0;
+	return entry && *entry < SLOTS ? *entry : SLOTS;
 }
 
-/* A connection of a listener that closes: it has no packet, but addresses of its own. */
-static __always_inline void flow_of_socket(struct bpf_sock *sk, struct flow *flow)
+static __always_inline __u32 slot_of_prefix(const struct flow *flow, __u32 otherwise)
 {
-	__u32 from4 = sk->dst_ip4, to4 = sk->src_ip4;
-	__u32 from6[4] = { sk->dst_ip6[0], sk->dst_ip6[1], sk->dst_ip6[2], sk->dst_ip6[3] };
-	__u32 to6[4] = { sk->src_ip6[0], sk->src_ip6[1], sk->src_ip6[2], sk->src_ip6[3] };
-	int four = sk->family == AF_INET;
+	struct prefix prefix = { .length = 128 };
+	__u32 *slot;
 
-	/* Before the branch, or the compiler makes one load through a selected pointer, which the verifier refuses. */
-	asm volatile("" : "+r"(from4), "+r"(from6[0]), "+r"(from6[1]), "+r"(from6[2]), "+r"(from6[3]));
-	asm volatile("" : "+r"(to4), "+r"(to6[0]), "+r"(to6[1]), "+r"(to6[2]), "+r"(to6[3]));
-	flow->source[0] = four ? 0 : from6[0];
-	flow->source[1] = four ? 0 : from6[1];
-	flow->source[2] = four ? bpf_htonl(0xffff) : from6[2];
-	flow->source[3] = four ? from4 : from6[3];
-	flow->destination[0] = four ? 0 : to6[0];
-	flow->destination[1] = four ? 0 : to6[1];
-	flow->destination[2] = four ? bpf_htonl(0xffff) : to6[2];
-	flow->destination[3] = four ? to4 : to6[3];
-	flow->source_port = sk->dst_port;
-	flow->destination_port = bpf_htons(sk->src_port);
+	__builtin_memcpy(prefix.address, mapped == SOURCE ? flow->source : flow->destination, 16);
+	slot = bpf_map_lookup_elem(&places, &prefix);
+	return slot && *slot < SLOTS ? *slot : otherwise;
 }
 
-static __always_inline __u64 mixed(__u64 hash, __u32 high, __u32 low)
+/* While slots are drained sender by sender: those who came to such a slot stay there. */
+static __always_inline __u32 slot_of_known(const struct control *now, __u64 hash, __u32 slot)
 {
-	hash = (hash ^ ((__u64)bpf_ntohl(high) << 32 | bpf_ntohl(low))) * 0x9e3779b97f4a7c15; /* 2^64 / golden ratio */
-	return hash ^ hash >> 32;
+	struct known *known = bpf_map_lookup_elem(&senders, &hash), fresh = { .slot = slot };
+
+	if (known) {
+		known->seen = bpf_ktime_get_ns();
+		return known->slot < SLOTS ? known->slot : slot;
+	}
+	if (slot < SLOTS && now->leaving[slot / 64] >> slot % 64 & 1) {
+		fresh.seen = bpf_ktime_get_ns();
+		bpf_map_update_elem(&senders, &hash, &fresh, BPF_ANY);
+	}
+	return slot;
 }
 
-static __always_inline __u32 bucket_of(const struct flow *flow)
+/* One choice in `sampling` goes to whoever watches. */
+static __always_inline void tell(const struct flow *flow, __u32 bucket, __u32 slot, int outcome)
 {
-	int four = !flow->source[0] && !flow->source[1] && flow->source[2] == bpf_htonl(0xffff);
-	__u64 hash = seed;
+	struct choice *choice = bpf_ringbuf_reserve(&choices, sizeof(*choice), 0);
 
-	if (fields & SOURCE) {
-		hash = mixed(hash, flow->source[0] & source_mask6[0], flow->source[1] & source_mask6[1]);
-		hash = mixed(hash, four ? flow->source[2] : flow->source[2] & source_mask6[2],
-			     flow->source[3] & (four ? source_mask4 : source_mask6[3]));
+	if (!choice)
+		return; /* nobody reads as fast */
+	choice->flow = *flow;
+	choice->bucket = bucket;
+	choice->slot = slot;
+	choice->outcome = outcome;
+	choice->time = bpf_ktime_get_ns();
+	bpf_ringbuf_submit(choice, 0);
+}
+
+/* What becomes of a sender whose slot has no socket; gives the slot that takes him instead, SLOTS where none does. */
+static __always_inline int without_socket(struct sk_reuseport_md *md, __u32 *slot)
+{
+	__u32 other = *slot, i;
+
+	*slot = SLOTS;
+	if (empty == EMPTY_KERNEL)
+		return SK_PASS; /* nothing is selected: the kernel's hash decides */
+	if (empty == EMPTY_NEXT) {
+		for (i = 0; i < SLOTS; i++) {
+			other = (other + 1) & (SLOTS - 1);
+			if (!bpf_sk_select_reuseport(md, &slots, &other, 0)) {
+				*slot = other;
+				return SK_PASS;
+			}
+		}
 	}
-	if (fields & DESTINATION) {
-		hash = mixed(hash, flow->destination[0], flow->destination[1]);
-		hash = mixed(hash, flow->destination[2], flow->destination[3]);
-	}
-	if (fields & (SOURCE_PORT | DESTINATION_PORT))
-		hash = mixed(hash, fields & SOURCE_PORT ? bpf_htonl(bpf_ntohs(flow->source_port)) : 0,
-			     fields & DESTINATION_PORT ? bpf_htonl(bpf_ntohs(flow->destination_port)) : 0);
-	hash *= 0xbf58476d1ce4e5b9; /* the finishing step of splitmix64 */
-	hash ^= hash >> 32;
-	return hash & (BUCKETS - 1);
+	return SK_DROP; /* its slot is empty, and so it is told */
 }
 
 SEC("sk_reuseport/migrate")
 int balance(struct sk_reuseport_md *md)
 {
 	struct bpf_sock *migrating = md->migrating_sk;
-	struct flow flow = {};
+	__u32 zero = 0, none = SLOTS, bucket, slot, taken;
 	struct counters *count;
-	__u32 zero = 0, none = SLOTS, slot, bucket, i, *entry;
-	void *table;
+	struct control *now;
+	struct flow flow = {};
+	int verdict = SK_PASS;
+	__u64 hash;
 	long error;
 
 	if (migrating) {
@@ -167,33 +215,37 @@ int balance(struct sk_reuseport_md *md)
 			count->unreadable++;
 		return SK_DROP; /* nobody can say whose it is */
 	}
-	table = bpf_map_lookup_elem(&tables, &zero);
-	bucket = bucket_of(&flow);
-	entry = table ? bpf_map_lookup_elem(table, &bucket) : 0;
-	slot = entry && *entry < SLOTS ? *entry : none;
-	count = bpf_map_lookup_elem(&counts, &slot);
-	if (!count)
-		return SK_DROP;
-	error = bpf_sk_select_reuseport(md, &slots, &slot, 0);
+	now = bpf_map_lookup_elem(&control, &zero);
+	if (!now)
+		return SK_DROP; /* cannot be: the map has that one entry */
+	hash = hash_of(migrating ? 0 : md, &flow);
+	bucket = bucket_of(migrating ? 0 : md, hash);
+	slot = slot_of_table(bucket);
+	if (tracking && now->draining)
+		slot = slot_of_known(now, hash, slot);
+	if (mapped)
+		slot = slot_of_prefix(&flow, slot);
+	taken = slot;
+	error = bpf_sk_select_reuseport(md, &slots, &taken, 0);
+	count = counting ? bpf_map_lookup_elem(&counts, &slot) : 0;
 	if (!error) {
-		count->selected++;
-		return SK_PASS;
+		if (count)
+			count->selected++;
+	} else if (slot != none && error != -ENOENT) {
+		if (count)
+			count->wrong++;
+		verdict = SK_DROP; /* the slot has a socket, of another group: nobody else may have its senders */
+	} else {
+		if (count)
+			count->empty++;
+		verdict = without_socket(md, &taken);
+		count = counting && taken != none ? bpf_map_lookup_elem(&counts, &taken) : 0;
+		if (count)
+			count->fallback++;
 	}
-	if (slot != none && error != -ENOENT) {
-		count->wrong++;
-		return SK_DROP; /* the slot has a socket, of another group: nobody else may have its senders */
-	}
-	count->empty++;
-	if (empty == EMPTY_KERNEL)
-		return SK_PASS; /* nothing is selected: the kernel's hash decides */
-	if (empty == EMPTY_NEXT) {
-		for (i = 0; i < SLOTS; i++) {
-			slot = (slot + 1) & (SLOTS - 1);
-			if (!bpf_sk_select_reuseport(md, &slots, &slot, 0))
-				return SK_PASS;
-		}
-	}
-	return SK_DROP; /* its slot is empty, and so it is told */
+	if (now->sampling && bpf_get_prandom_u32() % now->sampling == 0)
+		tell(&flow, bucket, slot, error);
+	return verdict;
 }
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from errno import EBUSY, EINVAL, ENOENT
 from types import TracebackType
 from typing import Literal, Self
@@ -20,7 +22,7 @@ from fastrecv.policies import BUCKETS, Policy, Sender
 __all__ = ["COUNTERS", "SLOTS", "Balancer"]
 
 SLOTS = 128  # of bpf/balance.bpf.c
-COUNTERS = ("selected", "empty", "unreadable", "wrong")
+COUNTERS = ("selected", "empty", "fallback", "unreadable", "wrong")
 """Of a slot: struct counters of bpf/balance.bpf.c."""
 _EMPTY = {"drop": 0, "kernel": 1, "next": 2}
 _SO_ATTACH_REUSEPORT_EBPF = 52  # include/uapi/asm-generic/socket.h
@@ -41,6 +43,10 @@ class Balancer:
     def __init__(self, policy: Policy, *, empty: Empty = "drop") -> None:
         if empty not in _EMPTY:
             raise ValueError(f"empty={empty!r}: give {', '.join(_EMPTY)}")
+        if not policy.ebpf:
+            raise ValueError(f"key {policy.key!r} is for classic BPF only")
+        if policy.seed is None:
+            policy = replace(policy, seed=secrets.randbits(64))
         self.policy = policy
         self._object = bpf.packaged("balance")
         try:
@@ -129,7 +135,8 @@ class Balancer:
 
     def slot(self, sender: Sender) -> int | None:
         """Whose a sender is; None where no slot has any weight."""
-        found = int(self._table[self.policy.bucket(sender)])
+        bucket = self.policy.bucket(sender)
+        found = buckets.EMPTY if bucket is None else int(self._table[bucket])
         return None if found == buckets.EMPTY else found
 
     def counters(self) -> dict[int | None, dict[str, int]]:

@@ -11,7 +11,7 @@ import pytest
 
 from fastrecv.balance import Balancer
 from fastrecv.errors import SocketRefusedError
-from fastrecv.policies import BUCKETS, KEYS, Key, Policy, Sender
+from fastrecv.policies import BUCKETS, Key, Policy, Sender
 from tests.kernel.steering import PORT, TCP, UDP, Stage, kinds
 
 # The address that members are bound to, and the network that clients and servers are in.
@@ -63,9 +63,9 @@ def taker(stage: Stage, kind: int, sender: Sender) -> int | None:
 
 @kinds
 @families
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", ["source", "source+port", "flow", "destination"])
 def test_every_sender_comes_to_the_member_that_user_space_names(stage: Stage, kind: int, family: str, key: Key) -> None:
-    policy = Policy(key, prefix4=29, prefix6=125, seed=7)
+    policy = Policy(key, seed=7) if key == "destination" else Policy(key, prefix4=29, prefix6=125, seed=7)
     with Balancer(policy) as balancer:
         members = group(stage, kind, family, 4)
         balancer.attach(members[0])
@@ -79,7 +79,7 @@ def test_every_sender_comes_to_the_member_that_user_space_names(stage: Stage, ki
         counts = balancer.counters()
         # A TCP connection runs the program for its SYN and, with cookies, for the last ACK.
         assert sum(counts[slot]["selected"] for slot in range(4)) >= len(asked)
-        assert all(counts[slot][name] == 0 for slot in counts for name in ("empty", "unreadable", "wrong"))
+        assert all(counts[slot][name] == 0 for slot in counts for name in ("empty", "fallback", "unreadable", "wrong"))
 
 
 def test_senders_whose_bucket_stays_never_move_and_as_few_move_as_can(stage: Stage) -> None:
@@ -143,8 +143,8 @@ def test_a_policy_that_makes_no_sense_is_refused(options: dict[str, object], rea
 
 
 def test_the_hash_spreads_neighbours_evenly() -> None:
-    policy = Policy()
+    policy = Policy(seed=0)
     found = [policy.bucket(Sender(ip_address(f"10.{a}.{b}.1"), 1, ip_address("10.0.0.1"), 1)) for a in range(64)
              for b in range(256)]  # fmt: skip
-    counts = np.bincount(found, minlength=BUCKETS)
+    counts = np.bincount(np.array(found, int), minlength=BUCKETS)
     assert abs(counts.var() / counts.mean() - 1) < 0.1, "as many as a random hash puts together, no more"
