@@ -2,69 +2,101 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import replace
 from errno import EBUSY, EINVAL, ENOENT
+from ipaddress import IPv4Network, IPv6Network
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fastrecv import bpf, buckets
-from fastrecv.bpf import Map
-from fastrecv.errors import BpfError, SocketRefusedError
-from fastrecv.listeners import described
-from fastrecv.policies import BUCKETS, Policy, Sender
+from fastrecv import buckets, listeners
+from fastrecv.balance_maps import SLOTS, Maps
+from fastrecv.errors import BpfError, SocketRefusedError, StateError
+from fastrecv.leaving import Leaving
+from fastrecv.policies import Policy, number_of
 
-__all__ = ["COUNTERS", "SLOTS", "Balancer"]
+__all__ = ["COUNTERS", "EMPTY_POLICIES", "MAX_WEIGHT", "SLOTS", "Balancer", "Empty", "Network", "Slot", "State"]
 
-SLOTS = 128  # of bpf/balance.bpf.c
 COUNTERS = ("selected", "empty", "fallback", "unreadable", "wrong")
 """Of a slot: struct counters of bpf/balance.bpf.c."""
-_EMPTY = {"drop": 0, "kernel": 1, "next": 2}
-_SO_ATTACH_REUSEPORT_EBPF = 52  # include/uapi/asm-generic/socket.h
+EMPTY_POLICIES = ("drop", "kernel", "next")
+MAX_WEIGHT = 1000
+_SO_ATTACH_REUSEPORT_EBPF, _SO_DETACH_REUSEPORT_BPF = 52, 68  # include/uapi/asm-generic/socket.h
 
 Empty = Literal["drop", "kernel", "next"]
+State = Literal["active", "draining", "empty"]
+Network = IPv4Network | IPv6Network
+
+
+class Slot(NamedTuple):
+    """A slot as it stands.
+
+    state : "active", "empty" (senders have it, no socket does) or "draining" (the reverse: its queue is to be read, and
+    known senders may still come). buckets : how many of policies.BUCKETS. socket : its cookie. leaving : whether it is
+    drained sender by sender. counters : by their names in COUNTERS.
+    """
+
+    number: int
+    state: State
+    weight: int
+    buckets: int
+    socket: int | None
+    leaving: bool
+    counters: dict[str, int]
 
 
 class Balancer:
     """Balances one reuseport group, TCP or UDP, by a policy; a context manager.
 
-    empty : what becomes of a sender whose slot has no socket: "drop" (refused, counted), "kernel" (the kernel's hash
-    takes him elsewhere), "next" (the next slot that has one).
+    policy : where its seed is None, one is drawn. size : slots 0 to size - 1 share the senders, evenly. empty : what
+    becomes of a sender whose slot has no socket: "drop" (refused, counted), "kernel" (the kernel's hash takes him
+    elsewhere), "next" (the next slot that has one). senders : how many may be known at a time while slots are drained
+    sender by sender; 0: by table only.
 
-    The program stays attached to the group, and the tables in force, as long as a member is open. CAP_BPF to make one;
-    nothing to register and to change weights. Linux 5.14 (migrating_sk).
+    This one is the process's own. Attached to a group its program, and the tables in force, stay as long as a member is
+    open. One that several processes share, and commands know, is opened by fastrecv.balance_life.
+
+    CAP_BPF to make one; nothing to attach, register and change weights. Linux 5.14 (migrating_sk).
     """
 
-    def __init__(self, policy: Policy, *, empty: Empty = "drop") -> None:
-        if empty not in _EMPTY:
-            raise ValueError(f"empty={empty!r}: give {', '.join(_EMPTY)}")
+    def __init__(
+        self, policy: Policy, *, size: int = 0, empty: Empty = "drop", senders: int = 0, counting: bool = True
+    ) -> None:
         if not policy.ebpf:
-            raise ValueError(f"key {policy.key!r} is for classic BPF only")
+            raise ValueError(f"key {policy.key!r} is for classic BPF only (fastrecv.classic)")
+        if not 0 <= size <= SLOTS:
+            raise ValueError(f"size {size}: give 0 to {SLOTS}")
+        if empty not in EMPTY_POLICIES:
+            raise ValueError(f"empty={empty!r}: give {', '.join(EMPTY_POLICIES)}")
+        if not 0 <= senders <= 10_000_000:
+            raise ValueError(f"senders={senders}: give 0 to 10,000,000")
+        if senders and policy.key in ("cpu", "random"):
+            raise ValueError(f"key {policy.key!r} knows no senders: leave senders out")
         if policy.seed is None:
             policy = replace(policy, seed=secrets.randbits(64))
-        self.policy = policy
-        self._object = bpf.packaged("balance")
-        try:
-            self._object.set(empty=_EMPTY[empty], **policy.settings())
-            self._object.load()
-            self._table = np.full(BUCKETS, buckets.EMPTY, np.uint16)
-            self._tables = [Map.array("table", np.uint32, BUCKETS) for _ in range(2)]  # one in force, one to be made
-        except BaseException:
-            self._object.close()
-            raise
-        self._weights: dict[int, int] = {}
-        self._put_in_force()
+        self._hold(Maps.make(policy, empty, senders, counting), policy, empty, senders)
+        if size:
+            self.weigh(dict.fromkeys(range(size), 1))
+
+    def _hold(self, maps: Maps, policy: Policy, empty: Empty, senders: int) -> None:
+        self.maps, self.policy, self.empty, self.senders = maps, policy, empty, senders
+        self.leaving = Leaving(maps, senders)
+
+    @classmethod
+    def of(cls, maps: Maps, policy: Policy, empty: Empty, senders: int) -> Self:
+        """One whose maps there are already."""
+        made = cls.__new__(cls)
+        made._hold(maps, policy, empty, senders)
+        return made
 
     def close(self) -> None:
         """Let go of the program and its maps; a group that it is attached to keeps them."""
-        for table in self._tables:
-            table.close()
-        self._object.close()
+        self.maps.close()
 
     def __enter__(self) -> Self:
         return self
@@ -74,75 +106,210 @@ class Balancer:
     ) -> None:
         self.close()
 
-    @property
-    def weights(self) -> dict[int, int]:
-        return dict(self._weights)
+    # The group
 
     def attach(self, sock: socket.socket) -> None:
-        """Attach the program to the group of a bound socket, in the place of any other. SocketRefusedError."""
-        if sock.getsockname()[1] == 0:
-            raise SocketRefusedError(f"{described(sock)} is not bound: attach after bind(), or the next member's fails")
-        program = self._object.programs["balance"].fileno()
+        """Attach the program to the group of a member, in the place of any other. SocketRefusedError."""
+        _check_member(sock)
         try:
-            sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_EBPF, program)
+            sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_EBPF, self.maps.program.fileno())
         except OSError as error:
             if error.errno != EINVAL:
                 raise
-            raise SocketRefusedError(f"{described(sock)} is in no group: set SO_REUSEPORT before bind()") from None
+            raise _in_no_group(sock) from None
 
-    def register(self, slot: int, sock: socket.socket) -> None:
-        """Give a slot to a member of the group, in the place of one that is there. SocketRefusedError."""
-        if not 0 <= slot < SLOTS:
-            raise ValueError(f"slot {slot}: give 0 to {SLOTS - 1}")
+    @staticmethod
+    def detach(sock: socket.socket) -> None:
+        """Detach whatever program the group of a member has; the kernel's hash decides then. StateError without one."""
+        _check_member(sock)
         try:
-            self._object.maps["slots"].update([slot], [sock.fileno()])
-        except BpfError as error:
-            reasons = {
-                EBUSY: "it has a slot, or is in a SOCKMAP, already: it can be in one place only",
-                EINVAL: "it needs SO_REUSEPORT before bind(), and TCP to listen",
-            }
-            if error.errno not in reasons:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_REUSEPORT_BPF, 0)
+        except OSError as error:
+            if error.errno not in (EINVAL, ENOENT):
                 raise
-            raise SocketRefusedError(f"{described(sock)}: {reasons[error.errno]}") from None
+            raise StateError(f"the group of {listeners.described(sock)} has no program") from None
+
+    # Its slots
+
+    def register(self, slot: int, sock: socket.socket, *, take_over: bool = False) -> None:
+        """Give a slot to a member of the group; nothing where it has it already.
+
+        take_over : in the place of another that has it, atomically for the packets. SocketRefusedError, with nothing
+        changed, where another has it, and where the socket cannot have one.
+        """
+        _check_slot(slot)
+        _check_member(sock)
+        present = self.sockets()
+        cookie = listeners.cookie_of(sock)
+        if present.get(slot) == cookie:
+            return
+        if slot in present and not take_over:
+            raise SocketRefusedError(f"slot {slot} has socket sk:{present[slot]:x}: unregister that, or take it over")
+        for other, holder in present.items():
+            if holder == cookie:
+                raise SocketRefusedError(f"{listeners.described(sock)} has slot {other}: unregister it there first")
+        try:
+            self.maps["slots"].update([slot], [sock.fileno()])
+        except BpfError as error:
+            if error.errno == EINVAL:
+                raise _in_no_group(sock) from None
+            if error.errno == EBUSY:
+                raise SocketRefusedError(
+                    f"{listeners.described(sock)} has a slot of another balancer, or is a dispatcher's: a socket is in "
+                    "one place only. For a dispatcher register one more member of the group, which has no slot"
+                ) from None
+            raise
 
     def unregister(self, slot: int) -> None:
-        """Empty a slot; nothing where it is empty."""
-        with contextlib.suppress(KeyError):
-            try:
-                self._object.maps["slots"].delete([slot])
-            except BpfError as error:
-                if error.errno not in (EINVAL, ENOENT):
-                    raise
+        """Empty a slot; nothing where it is empty. Its senders follow the empty-slot policy: drain it first."""
+        _check_slot(slot)
+        try:
+            self.maps["slots"].delete([slot])
+        except KeyError:
+            return
+        except BpfError as error:
+            if error.errno not in (EINVAL, ENOENT):
+                raise
 
-    def balance(self, weights: Mapping[int, int]) -> int:
-        """Divide the senders among slots by weight; gives how many of the BUCKETS move, the fewest that can.
+    def sockets(self) -> dict[int, int]:
+        """Cookies (SO_COOKIE) of the sockets in the slots; one that was closed is gone."""
+        numbers, cookies = self.maps["slots"].items()
+        return dict(zip(numbers.tolist(), cookies.tolist(), strict=True))
 
-        In force for every packet at once, and nobody uses the old table any more when it returns.
+    # Who gets whom
+
+    @property
+    def weights(self) -> dict[int, int]:
+        values = self.maps["weights"].lookup(np.arange(SLOTS, dtype=np.uint32))
+        return {slot: int(values[slot]) for slot in np.flatnonzero(values).tolist()}
+
+    def weigh(self, weights: Mapping[int, int]) -> int:
+        """Divide the senders among slots by weight; gives how many of the buckets move, the fewest that can.
+
+        Slots that are left out get no new senders: those who have them drain. In force for every packet at once, and
+        no packet is under way by the old table when it returns. ValueError, with nothing changed, for a slot or a
+        weight that cannot be.
         """
-        following = buckets.rebalance(self._table, weights)
-        moved = int(np.count_nonzero(following != self._table))
-        self._table, self._weights = following, dict(weights)
-        self._put_in_force()
+        for slot, weight in weights.items():
+            _check_slot(slot)
+            if not 1 <= weight <= MAX_WEIGHT:
+                raise ValueError(f"weight {weight} of slot {slot}: give 1 to {MAX_WEIGHT}")
+        for slot in weights.keys() - self.weights.keys():
+            self.leaving.end(slot)  # it has come back
+        values = np.zeros(SLOTS, np.uint32)
+        values[list(weights)] = list(weights.values())
+        self.maps["weights"].update(np.arange(SLOTS, dtype=np.uint32), values)  # first: `settle` finishes from it
+        return self.settle()
+
+    def settle(self) -> int:
+        """Put in force what the weights say, where somebody was killed before he had; gives how many buckets move."""
+        table, weights = self.maps.table(), self.weights
+        if self.policy.key == "cpu":
+            following = buckets.interleaved(len(table), weights)
+        else:
+            following = buckets.rebalance(table, weights)
+        moved = int(np.count_nonzero(following != table))
+        if moved:
+            self.maps.turn_to(following)
         return moved
 
-    def _put_in_force(self) -> None:
-        self._tables.reverse()
-        table = self._tables[0]
-        table.update(np.arange(BUCKETS, dtype=np.uint32), self._table.astype(np.uint32))
-        outer = self._object.maps["tables"]
-        # Atomic, and it returns after a grace period of RCU: who still ran with the other table has ended.
-        outer.update([0], np.array([table.fileno()], np.uint32).view(outer.value_dtype))
+    def resize(self, size: int) -> int:
+        """Let slots 0 to size - 1 share the senders, by the weights they have, new ones by 1; gives what `weigh` does.
 
-    def slot(self, sender: Sender) -> int | None:
-        """Whose a sender is; None where no slot has any weight."""
-        bucket = self.policy.bucket(sender)
-        found = buckets.EMPTY if bucket is None else int(self._table[bucket])
-        return None if found == buckets.EMPTY else found
+        Slots above lose theirs, and drain.
+        """
+        if not 0 <= size <= SLOTS:
+            raise ValueError(f"size {size}: give 0 to {SLOTS}")
+        present = self.weights
+        return self.weigh({slot: present.get(slot, 1) for slot in range(size)})
+
+    def drain(self, slot: int) -> int:
+        """Give the slot's senders to the others, by weight; gives how many buckets move. Its socket stays registered.
+
+        Read its queue to the end before it is unregistered and closed.
+        """
+        _check_slot(slot)
+        weights = self.weights
+        if slot not in weights:
+            raise StateError(f"slot {slot} has no senders")
+        if len(weights) == 1:
+            raise StateError(f"slot {slot} is the only one that has senders: nobody could take them")
+        del weights[slot]
+        return self.weigh(weights)
+
+    def place(self, prefix: Network, slot: int) -> None:
+        """Give a prefix (of what policy.mapped names) a slot of its own, before any hash. The longest prefix wins."""
+        _check_slot(slot)
+        self.maps["places"].update(self._prefix(prefix), [slot])
+
+    def unplace(self, prefix: Network) -> None:
+        """StateError where the prefix has no slot of its own."""
+        try:
+            self.maps["places"].delete(self._prefix(prefix))
+        except KeyError:
+            raise StateError(f"{prefix} has no slot of its own") from None
+
+    def places(self) -> dict[Network, int]:
+        """Which prefixes have slots of their own."""
+        keys, slots = self.maps["places"].items()
+        return {_network(key): slot for key, slot in zip(keys, slots.tolist(), strict=True)}
+
+    def _prefix(self, prefix: Network) -> NDArray[np.void]:
+        if self.policy.mapped is None:
+            raise StateError("this balancer maps no prefixes: create it with mapped source or destination")
+        key = np.zeros(1, self.maps["places"].key_dtype)
+        key["length"] = prefix.prefixlen + (96 if prefix.version == 4 else 0)
+        key["address"] = np.frombuffer(number_of(prefix.network_address).to_bytes(16), np.uint8)
+        return key
+
+    # What it says
+
+    def slots(self) -> list[Slot]:
+        """All that have senders or sockets, or have counted anything."""
+        present, weights, shares = self.sockets(), self.weights, buckets.shares(self.maps.table())
+        leaving = self.leaving.slots()
+        counters = self.counters()
+        found = []
+        for number in range(SLOTS):
+            if not (number in present or number in weights or any(counters[number].values())):
+                continue
+            state: State = "draining" if number not in weights else "active" if number in present else "empty"
+            found.append(
+                Slot(number, state, weights.get(number, 0), shares.get(number, 0), present.get(number),
+                     number in leaving, counters[number])
+            )  # fmt: skip
+        return found
 
     def counters(self) -> dict[int | None, dict[str, int]]:
         """By slot; None for senders that no slot has, and for packets without a readable header."""
-        _, rows = self._object.maps["counts"].items()
+        _, rows = self.maps["counts"].items()
         return {
             slot if slot < SLOTS else None: {name: int(row[name].sum()) for name in COUNTERS}
             for slot, row in enumerate(rows)
         }
+
+
+def _check_slot(slot: int) -> None:
+    if not 0 <= slot < SLOTS:
+        raise ValueError(f"slot {slot}: give 0 to {SLOTS - 1}")
+
+
+def _check_member(sock: socket.socket) -> None:
+    """SocketRefusedError for what cannot be a member of a balanced group."""
+    listeners.check_steerable(sock)
+    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
+        raise _in_no_group(sock)
+
+
+def _in_no_group(sock: socket.socket) -> SocketRefusedError:
+    named = listeners.described(sock)
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
+        return SocketRefusedError(f"{named} is in no group: its SO_REUSEPORT was set after bind(), set it before")
+    return SocketRefusedError(f"{named} is in no group: set SO_REUSEPORT before bind()")
+
+
+def _network(key: np.void) -> Network:
+    length, packed = int(key["length"]), key["address"].tobytes()
+    if length >= 96 and packed[:12] == bytes(10) + b"\xff\xff":
+        return IPv4Network((packed[12:], length - 96))
+    return IPv6Network((packed, length))

@@ -6,6 +6,7 @@ to libbpf, and its absence is answered with what to install.
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import struct
 from importlib.resources import files
@@ -48,6 +49,7 @@ __all__ = [
     "Statistics",
     "TestRun",
     "compiled",
+    "digest",
     "link_ids",
     "link_info",
     "packaged",
@@ -63,6 +65,11 @@ _Address = IPv4Address | IPv6Address
 def compiled(name: str) -> bytes:
     """What bpf/<name>.bpf.c was compiled to: an ELF file."""
     return files("fastrecv").joinpath("objects", f"{name}.bpf.o").read_bytes()
+
+
+def digest(name: str) -> str:
+    """What tells this version's object from another's."""
+    return hashlib.sha256(compiled(name)).hexdigest()[:16]
 
 
 def packaged(name: str) -> Object:

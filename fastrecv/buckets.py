@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["EMPTY", "rebalance", "shares"]
+__all__ = ["EMPTY", "Table", "interleaved", "rebalance", "shares"]
 
 EMPTY = 0xFFFF
 """The slot of a bucket that nobody has."""
@@ -33,11 +33,7 @@ def rebalance(table: Table, weights: Mapping[int, int]) -> Table:
     are those that have the buckets already, then those with the largest remainder, then the lowest slots. Without
     slots every bucket is EMPTY. ValueError for a weight that is not positive, or a slot that is none.
     """
-    for slot, weight in weights.items():
-        if not 0 <= slot < EMPTY:
-            raise ValueError(f"slot {slot}: give 0 to {EMPTY - 1}")
-        if weight < 1:
-            raise ValueError(f"slot {slot} has weight {weight}: give 1 or more, or leave the slot out")
+    _check(weights)
     following = table.copy()
     if not weights:
         following[:] = EMPTY
@@ -51,6 +47,24 @@ def rebalance(table: Table, weights: Mapping[int, int]) -> Table:
     missing = [np.full(max(count - have.get(slot, 0), 0), slot, table.dtype) for slot, count in sorted(due.items())]
     following[free] = np.concatenate(missing)
     return following
+
+
+def interleaved(buckets: int, weights: Mapping[int, int]) -> Table:
+    """The table that deals the buckets out in turn, so that bucket i (CPU i) has the i-th slot, and round again.
+
+    A slot of weight w has w turns. Changes of slots move most buckets. ValueError as `rebalance`.
+    """
+    _check(weights)
+    turns = [slot for slot, weight in sorted(weights.items()) for _ in range(weight)] or [EMPTY]
+    return np.resize(np.array(turns, np.uint16), buckets)
+
+
+def _check(weights: Mapping[int, int]) -> None:
+    for slot, weight in weights.items():
+        if not 0 <= slot < EMPTY:
+            raise ValueError(f"slot {slot}: give 0 to {EMPTY - 1}")
+        if weight < 1:
+            raise ValueError(f"slot {slot} has weight {weight}: give 1 or more, or leave the slot out")
 
 
 def _due(buckets: int, weights: Mapping[int, int], have: Mapping[int, int]) -> dict[int, int]:

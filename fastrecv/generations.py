@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,15 +11,10 @@ from fastrecv.bpf import Object, Program
 from fastrecv.rules import Binding, compile_rules
 from fastrecv.state import State
 
-__all__ = ["PATTERN", "build", "digest", "first", "following", "holds"]
+__all__ = ["PATTERN", "build", "first", "following", "holds"]
 
 _STEM = "generation-"
 PATTERN = f"{_STEM}*"
-
-
-def digest() -> str:
-    """What tells this version's program from another's."""
-    return hashlib.sha256(bpf.compiled("lookup")).hexdigest()[:16]
 
 
 def first(directory: Path) -> Path:
@@ -39,7 +33,7 @@ def build(generation: Path, lookup: Object, bindings: Sequence[Binding], state: 
     """
     compile_rules(bindings, state.numbers).load(lookup)
     program = lookup.programs["lookup"]
-    state.version, state.program, state.tag = version("fastrecv"), digest(), program.info.tag
+    state.version, state.program, state.tag = version("fastrecv"), bpf.digest("lookup"), program.info.tag
     pins.remove(generation)
     pins.make(generation)
     try:

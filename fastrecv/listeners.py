@@ -21,6 +21,7 @@ from fastrecv.rules import PROTOCOL_NAMES, Destination
 __all__ = [
     "UNNAMED",
     "by_destination",
+    "check_steerable",
     "check_tracing",
     "cookie_of",
     "described",
@@ -64,8 +65,11 @@ def _families(sock: socket.socket) -> tuple[int, ...]:
     return (socket.AF_INET6,) if only else (socket.AF_INET6, socket.AF_INET)
 
 
-def _refuse(sock: socket.socket, namespace: int) -> None:
-    """SocketRefusedError where packets cannot be steered to a socket."""
+def check_steerable(sock: socket.socket, namespace: int | None = None) -> None:
+    """SocketRefusedError where packets cannot be steered to a socket; namespace : the cookie of the one it must be in.
+
+    It must be a TCP socket that listens, or a bound UDP socket that is not connected.
+    """
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         raise SocketRefusedError(f"{described(sock)}: packets are steered to IPv4 and IPv6 sockets only")
     protocol = _protocol(sock)
@@ -76,7 +80,7 @@ def _refuse(sock: socket.socket, namespace: int) -> None:
         )
     if protocol not in PROTOCOL_NAMES:
         raise SocketRefusedError(f"{described(sock)}: packets are steered to TCP and UDP sockets only")
-    if namespace_of(sock) != namespace:
+    if namespace is not None and namespace_of(sock) != namespace:
         raise SocketRefusedError(f"{described(sock)} lives in another network namespace: see --netns")
     if _has_peer(sock):
         raise SocketRefusedError(f"{described(sock)} is connected: packets cannot be steered to it")
@@ -97,7 +101,7 @@ def by_destination(
     found: dict[Destination, list[socket.socket]] = {}
     borrowed: dict[Destination, list[socket.socket]] = {}
     for sock in sockets:
-        _refuse(sock, namespace)
+        check_steerable(sock, namespace)
         for family in _families(sock):
             kind = found if family == sock.family else borrowed
             kind.setdefault(Destination(label, family, _protocol(sock)), []).append(sock)

@@ -160,7 +160,7 @@ class Dispatcher:
             )
         if info.tag != self.state.tag:
             raise StateError(f"the program has tag {info.tag}, its state was written for {self.state.tag}: {ANEW}")
-        if not self._read_only and self.state.program != generations.digest():
+        if not self._read_only and self.state.program != bpf.digest("lookup"):
             raise StateError(
                 f"program {info.tag} was loaded by fastrecv {self.state.version}, and this fastrecv "
                 f"({version('fastrecv')}) has another: `fastrecv lookup upgrade` replaces it, and keeps all else"

@@ -1,8 +1,7 @@
-"""What a dispatcher counts, as Prometheus metrics."""
+"""What dispatchers and balancers count, as Prometheus metrics."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from importlib.metadata import version
 
@@ -10,27 +9,28 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fastrecv.lookup import BPFFS, ERRORS, Dispatcher
+from fastrecv import balance_life
+from fastrecv.lookup import BPFFS, ERRORS, Dispatcher, PathLike
 from fastrecv.rules import FAMILY_NAMES, PROTOCOL_NAMES
 
-__all__ = ["DispatcherCollector", "text"]
+__all__ = ["BalancerCollector", "DispatcherCollector", "text"]
 
 _NAMES = ("label", "family", "protocol")
+_SLOT = ("name", "slot")
+_OUTCOME = (*_SLOT, "outcome")
 
 
 class DispatcherCollector(Collector):
     """Reads the dispatcher of a namespace anew at every scrape; needs no more than its group's permissions."""
 
-    def __init__(self, netns: str | None = None, bpffs: str | os.PathLike[str] = BPFFS) -> None:
+    def __init__(self, netns: str | None = None, bpffs: PathLike = BPFFS) -> None:
         self._netns, self._bpffs = netns, bpffs
 
     def describe(self) -> Iterator[Metric]:
         return iter(())  # so that registering it does not collect
 
     def collect(self) -> Iterator[Metric]:
-        build = GaugeMetricFamily("fastrecv_build_info", "The version of fastrecv.", labels=["version"])
-        build.add_metric([version("fastrecv")], 1)
-        yield build
+        yield _build()
         up = GaugeMetricFamily("fastrecv_lookup_up", "Whether a dispatcher is loaded and could be read.")
         try:
             with Dispatcher(self._netns, bpffs=self._bpffs, read_only=True) as dispatcher:
@@ -65,6 +65,45 @@ def _families(dispatcher: Dispatcher) -> Iterator[Metric]:
         for reason in ERRORS:
             errors.add_metric([*labels, reason], counters[reason])
     yield from (bindings, lookups, misses, errors, sockets)
+
+
+class BalancerCollector(Collector):
+    """Reads all balancers of a BPF file system anew at every scrape; needs no more than their group's permissions."""
+
+    def __init__(self, bpffs: PathLike = BPFFS) -> None:
+        self._bpffs = bpffs
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())  # so that registering it does not collect
+
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("fastrecv_balance_up", "Whether a balancer could be read.", labels=["name"])
+        packets = CounterMetricFamily("fastrecv_balance_packets", "Packets by slot and outcome.", labels=_OUTCOME)
+        senders = GaugeMetricFamily("fastrecv_balance_buckets", "Buckets of senders.", labels=_SLOT)
+        sockets = GaugeMetricFamily("fastrecv_balance_sockets", "Sockets registered.", labels=_SLOT)
+        for name in balance_life.names(self._bpffs):
+            try:
+                with balance_life.opened(name, bpffs=self._bpffs, read_only=True) as balancer:
+                    slots, others = balancer.slots(), balancer.counters()[None]
+            except OSError:  # locked, another version's, or not ours to read: of all that, `status` says which
+                up.add_metric([name], 0)
+                continue
+            up.add_metric([name], 1)
+            for slot in slots:
+                labels = [name, str(slot.number)]
+                senders.add_metric(labels, slot.buckets)
+                sockets.add_metric(labels, slot.socket is not None)
+                for outcome, count in slot.counters.items():
+                    packets.add_metric([*labels, outcome], count)
+            for outcome in ("empty", "unreadable"):  # the only ones without a slot
+                packets.add_metric([name, "none", outcome], others[outcome])
+        yield from (_build(), up, packets, senders, sockets)
+
+
+def _build() -> Metric:
+    build = GaugeMetricFamily("fastrecv_build_info", "The version of fastrecv.", labels=["version"])
+    build.add_metric([version("fastrecv")], 1)
+    return build
 
 
 def text(collector: Collector) -> str:

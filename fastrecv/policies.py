@@ -14,7 +14,7 @@ from typing import Literal, Self
 
 import numpy as np
 
-__all__ = ["ANCILLARY", "BUCKETS", "KEYS", "MAX_KEY", "Key", "Mapped", "Policy", "Sender"]
+__all__ = ["ANCILLARY", "BUCKETS", "KEYS", "MAX_KEY", "Key", "Mapped", "Policy", "Sender", "number_of"]
 
 BUCKETS = 4096  # of bpf/balance.h
 MAX_KEY = 20  # bytes of a payload that can be a key; as long as a QUIC connection id (RFC 9000, 17.2)
@@ -113,8 +113,8 @@ class Policy:
         key = match["key"] if match else text
         if match is None or (key not in KEYS and key not in ANCILLARY) or (match["offset"] and key != "payload"):
             raise ValueError(
-                f"policy {text!r}: give source[/BITS4[/BITS6]], source+port, flow, destination, payload[OFFSET:LENGTH], "
-                f"quic[LENGTH], cpu, random; in classic BPF also {', '.join(ANCILLARY)}"
+                f"policy {text!r}: give source[/BITS4[/BITS6]], source+port, flow, destination, "
+                f"payload[OFFSET:LENGTH], quic[LENGTH], cpu, random; in classic BPF also {', '.join(ANCILLARY)}"
             )
         return cls(
             key,  # type: ignore[arg-type] # looked at above
@@ -174,12 +174,14 @@ class Policy:
 
         That a prefix of his may have a slot of its own is left out.
         """
+        if self.key == "random" or (self.key == "cpu" and sender.cpu is None):
+            return None
+        return (sender.cpu or 0) % BUCKETS if self.key == "cpu" else self.hash(sender) % BUCKETS
+
+    def hash(self, sender: Sender) -> int:
+        """The hash of a sender's key, 64 bits, as balance.bpf.c computes it."""
         assert self.seed is not None
         fields = self._fields
-        if fields & _RANDOM or (fields & _CPU and sender.cpu is None):
-            return None
-        if fields & _CPU:
-            return (sender.cpu or 0) % BUCKETS
         found = self.seed
         if fields & (_PAYLOAD | _QUIC):
             key = self.key_of(sender.payload)
@@ -193,14 +195,14 @@ class Policy:
             for half in _halves(self.masked(sender.source)):
                 found = _mixed(found, half)
         if fields & _DESTINATION:
-            for half in _halves(_number(sender.destination)):
+            for half in _halves(number_of(sender.destination)):
                 found = _mixed(found, half)
         if fields & (_SOURCE_PORT | _DESTINATION_PORT):
             source = sender.source_port if fields & _SOURCE_PORT else 0
             destination = sender.destination_port if fields & _DESTINATION_PORT else 0
             found = _mixed(found, source << 32 | destination)
         found = found * 0xBF58476D1CE4E5B9 & _WORD
-        return (found ^ found >> 32) % BUCKETS
+        return found ^ found >> 32
 
     def key_of(self, payload: bytes) -> bytes | None:
         """The bytes of a payload that are the key; None where it is too short, or no QUIC packet, for that."""
@@ -219,13 +221,13 @@ class Policy:
 
     def masked(self, address: IPv4Address | IPv6Address) -> int:
         """What counts of a source address, as 128 bits; IPv4 mapped."""
-        number = _number(address)
+        number = number_of(address)
         if number >> 32 == 0xFFFF:
             return number & (0xFFFF << 32 | self.mask4)
         return number & self.mask6
 
 
-def _number(address: IPv4Address | IPv6Address) -> int:
+def number_of(address: IPv4Address | IPv6Address) -> int:
     """128 bits; IPv4 mapped."""
     return int(address) | (0xFFFF << 32 if address.version == 4 else 0)
 

@@ -131,6 +131,15 @@ cdef class Map(Descriptor):
         return self._name
 
     @property
+    def id(self):
+        """What the kernel calls the map; a lookup in a map of maps gives it."""
+        cdef bpf_map_info info
+        cdef uint32_t size = sizeof(info)
+        memset(&info, 0, sizeof(info))
+        check(bpf_obj_get_info_by_fd(self.alive(), &info, &size), f"reading about map {self._name}")
+        return info.id
+
+    @property
     def max_entries(self):
         return self.capacity
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import grp
 import os
 import re
 from collections.abc import Callable
@@ -14,27 +16,53 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from fastrecv import ruletext
+from fastrecv import balance_life, listeners, ruletext
 from fastrecv.lookup import BPFFS, Dispatcher
 from fastrecv.netns import Namespace
-from fastrecv.rules import RuleSetError
+from fastrecv.policies import Policy
+from fastrecv.rules import PROTOCOLS, RuleSetError
 from fastrecv.state import DROP, check_label
 
 __all__ = [
     "ADDRESS",
+    "BPFFS_OPTION",
     "ENDPOINT",
+    "GROUP_OPTION",
     "LABEL",
     "LABEL_OR_DROP",
+    "NAME",
+    "NETNS_OPTION",
+    "POLICY",
     "PORTS",
     "PREFIX",
     "PROCESS",
     "entered",
+    "one_socket",
     "place",
 ]
 
 Address = IPv4Address | IPv6Address
 _NS_GET_NSTYPE = 0xB703  # include/uapi/linux/nsfs.h
 _CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
+
+
+class _Name(click.ParamType[str]):
+    """The name of a balancer."""
+
+    name = "name"
+
+    def convert(self, value: str, param: click.Parameter | None, context: click.Context | None) -> str:
+        try:
+            balance_life.check_name(value)
+        except ValueError as error:
+            self.fail(str(error), param, context)
+        return value
+
+    def shell_complete(self, context: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        with contextlib.suppress(OSError):
+            present = balance_life.names(context.params.get("bpffs") or BPFFS)
+            return [CompletionItem(name) for name in present if name.startswith(incomplete)]
+        return []
 
 
 class _Label(click.ParamType[str]):
@@ -62,7 +90,7 @@ class _Label(click.ParamType[str]):
 
 
 class _Words(click.ParamType[Any]):
-    """A word that one function understands, and refuses by RuleSetError."""
+    """A word that one function understands, and refuses by RuleSetError or ValueError."""
 
     def __init__(self, name: str, read: Callable[[str], Any]) -> None:
         self.name, self._read = name, read
@@ -72,7 +100,7 @@ class _Words(click.ParamType[Any]):
             return value
         try:
             return self._read(value)
-        except RuleSetError as error:
+        except (RuleSetError, ValueError) as error:
             self.fail(str(error), param, context)
 
 
@@ -145,16 +173,59 @@ PREFIX: click.ParamType[IPv4Network | IPv6Network] = _Words("prefix", ruletext.p
 PORTS: click.ParamType[tuple[int, int]] = _Words("port", ruletext.ports)
 ADDRESS: click.ParamType[Address] = _Words("address", _address)
 ENDPOINT: click.ParamType[tuple[Address, int]] = _Words("address:port", _endpoint)
+NAME = _Name()
+POLICY: click.ParamType[Policy] = _Words("policy", Policy.parse)
 PROCESS: click.ParamType[int] = _Words("process", _process)
+
+
+NETNS_OPTION = click.option("--netns", type=_NamespacePath(), metavar="PATH",
+                            help="Network namespace: /run/netns/NAME, /proc/PID/ns/net.  [default: this one]")  # fmt: skip
+BPFFS_OPTION = click.option("--bpffs", type=click.Path(path_type=Path), default=BPFFS, show_default=True,
+                            metavar="PATH", help="Where a BPF file system is mounted.")  # fmt: skip
 
 
 def place(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say which dispatcher is meant."""
-    netns = click.option("--netns", type=_NamespacePath(), metavar="PATH",
-                         help="Network namespace: /run/netns/NAME, /proc/PID/ns/net.  [default: this one]")  # fmt: skip
-    bpffs = click.option("--bpffs", type=click.Path(path_type=Path), default=BPFFS, show_default=True, metavar="PATH",
-                         help="Where a BPF file system is mounted.")  # fmt: skip
-    return netns(bpffs(command))
+    return NETNS_OPTION(BPFFS_OPTION(command))
+
+
+def _group(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    if value.isdecimal() and int(value[:11]) < (1 << 32) - 1:  # that one, chown(2) takes for none
+        return int(value)
+    try:
+        return grp.getgrnam(value).gr_gid
+    except KeyError:
+        raise click.BadParameter(f"there is no group {value!r}") from None
+
+
+GROUP_OPTION = click.option("--group", callback=_group, help="Members of this group may read the state.")
+
+
+def one_socket(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The words that name a socket, of another process or inherited; the command gets `opened`, which opens it."""
+
+    @click.argument("port", type=click.IntRange(1, 65535), required=False)
+    @click.argument("address", type=ADDRESS, required=False)
+    @click.argument("protocol", type=click.Choice(["tcp", "udp"], case_sensitive=False), metavar="[PROTOCOL]",
+                    required=False)  # fmt: skip
+    @click.argument("process", type=PROCESS, metavar="[PID]", required=False)
+    @click.option("--fd", "descriptor", type=click.IntRange(0, (1 << 31) - 1), help="An inherited descriptor instead.")
+    @functools.wraps(command)
+    def with_socket(
+        process: int | None, protocol: str | None, address: Address | None, port: int | None, descriptor: int | None,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        if descriptor is not None:
+            if process is not None:
+                raise click.UsageError("give either PID PROTOCOL ADDRESS PORT or --fd")
+            return command(opened=lambda: listeners.of_descriptors([descriptor]), **options)
+        if process is None or protocol is None or address is None or port is None:
+            raise click.UsageError("which socket? give PID PROTOCOL ADDRESS PORT, or --fd")
+        return command(opened=lambda: listeners.of_process(process, PROTOCOLS[protocol], address, port), **options)
+
+    return with_socket
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import grp
 import pwd
 import socket
 import threading
@@ -19,6 +18,7 @@ from fastrecv import handover, listeners, lookup_life, privileges, ruletext
 from fastrecv.cli import lookup_reads
 from fastrecv.cli.arguments import (
     ADDRESS,
+    GROUP_OPTION,
     LABEL,
     LABEL_OR_DROP,
     PORTS,
@@ -58,19 +58,8 @@ for _noun in lookup_reads.COMMANDS:
     lookup.add_command(_noun)
 
 
-def _group(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    if value.isdecimal() and int(value[:11]) < (1 << 32) - 1:  # that one, chown(2) takes for none
-        return int(value)
-    try:
-        return grp.getgrnam(value).gr_gid
-    except KeyError:
-        raise click.BadParameter(f"there is no group {value!r}") from None
-
-
 @lookup.command()
-@click.option("--group", callback=_group, help="Members of this group may read the state.")
+@GROUP_OPTION
 @place
 def load(group: int | None, netns: str | None, bpffs: Path) -> None:
     """Attach a dispatcher without bindings to a network namespace."""

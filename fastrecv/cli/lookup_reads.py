@@ -8,13 +8,11 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 
 import click
-from prometheus_client import CollectorRegistry, make_wsgi_app
-
 from fastrecv import explain as explaining
-from fastrecv import lookup_life, metrics, pins, privileges, ruletext
+from fastrecv import lookup_life, metrics, pins, ruletext
 from fastrecv.cli import output
 from fastrecv.cli.arguments import ENDPOINT, LABEL_OR_DROP, PORTS, PREFIX, entered, place
-from fastrecv.cli.serving import HttpServer, serve_until_stopped
+from fastrecv.cli.serving import serve_metrics
 from fastrecv.errors import StateError
 from fastrecv.lookup import ERRORS, Dispatcher, Serving
 from fastrecv.rules import FAMILY_NAMES, PROTOCOL_NAMES, PROTOCOLS, Binding
@@ -138,18 +136,7 @@ def show_metrics(listen: tuple[IPv4Address | IPv6Address, int] | None, netns: st
             pass  # who may not read it hears so; that none is loaded, the metrics say
         click.echo(metrics.text(metrics.DispatcherCollector(netns, bpffs)), nl=False)
         return
-    privileges.refuse_threads()
-    registry = CollectorRegistry()
-    registry.register(metrics.DispatcherCollector(None, bpffs))
-    try:
-        opened = HttpServer(str(listen[0]), listen[1])
-    except OSError as error:
-        raise StateError(f"cannot listen on {listen[0]} port {listen[1]}: {error.strerror}") from None
-    with opened as server:
-        server.set_app(make_wsgi_app(registry))
-        host, port = server.server_name, server.server_port
-        where = f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
-        serve_until_stopped(server, f"serving {where}", netns)
+    serve_metrics(metrics.DispatcherCollector(None, bpffs), *listen, netns)
 
 
 @click.command()

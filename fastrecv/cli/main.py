@@ -16,6 +16,7 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
+from fastrecv.cli.balance import balance
 from fastrecv.cli.doctor import MISSING, doctor
 from fastrecv.cli.lookup import lookup
 from fastrecv.errors import NotSupported
@@ -46,6 +47,7 @@ def completion(shell: str) -> None:
 
 
 fastrecv.add_command(lookup)
+fastrecv.add_command(balance)
 fastrecv.add_command(doctor)
 
 

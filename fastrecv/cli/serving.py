@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+from ipaddress import IPv4Address, IPv6Address
 from socketserver import BaseServer, TCPServer
 from types import FrameType
 from typing import NoReturn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import click
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.registry import Collector
 
 from fastrecv import privileges
+from fastrecv.errors import StateError
 from fastrecv.netns import Namespace
 from fastrecv.threads import BoundedThreads
 
-__all__ = ["HttpServer", "serve_until_stopped"]
+__all__ = ["HttpServer", "serve_metrics", "serve_until_stopped"]
 
 
 class _Quiet(WSGIRequestHandler):
@@ -38,6 +42,22 @@ class HttpServer(BoundedThreads, WSGIServer):
         host, port = self.server_address[:2]
         self.server_name, self.server_port = str(host), port
         self.setup_environ()
+
+
+def serve_metrics(collector: Collector, address: IPv4Address | IPv6Address, port: int, netns: str | None = None) -> None:
+    """Serve what a collector collects over HTTP, without any capability left, until SIGINT or SIGTERM."""
+    privileges.refuse_threads()
+    registry = CollectorRegistry()
+    registry.register(collector)
+    try:
+        opened = HttpServer(str(address), port)
+    except OSError as error:
+        raise StateError(f"cannot listen on {address} port {port}: {error.strerror}") from None
+    with opened as server:
+        server.set_app(make_wsgi_app(registry))
+        host, bound = server.server_name, server.server_port
+        where = f"http://{f'[{host}]' if ':' in host else host}:{bound}/metrics"
+        serve_until_stopped(server, f"serving {where}", netns)
 
 
 def serve_until_stopped(server: BaseServer, said: str, netns: str | None, *capabilities: int) -> None:

@@ -1,0 +1,320 @@
+"""`fastrecv balance`: the verbs, which change a balancer or the group it balances. The nouns are in balance_reads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastrecv import balance_life, groups, listeners
+from fastrecv.balance import EMPTY_POLICIES, MAX_WEIGHT, SLOTS, Balancer, Empty
+from fastrecv.cli import balance_reads
+from fastrecv.cli.arguments import ADDRESS, BPFFS_OPTION, GROUP_OPTION, NAME, POLICY, PREFIX, PROCESS, one_socket
+from fastrecv.errors import NotSupported, StateError
+from fastrecv.policies import BUCKETS, Mapped, Policy
+from fastrecv.rules import PROTOCOLS
+
+__all__ = ["balance"]
+
+_POLL = 0.1  # seconds between two looks at a queue
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+SLOT = click.IntRange(0, SLOTS - 1)
+
+
+@click.group()
+def balance() -> None:
+    """Steer by sender: every sender of a reuseport group keeps one member of it, while others come and go.
+
+    Nouns read: status, metrics, explain. Verbs change. A balancer needs no process: it is kept, until it is destroyed,
+    in a BPF file system. It has 128 slots for the sockets of one group (one address, port and protocol).
+
+    \b
+    fastrecv balance create flows --policy source --size 3
+    fastrecv balance attach flows "$(pidof -s nfacctd)" udp 0.0.0.0 2055
+    fastrecv balance register-pid flows 0 "$(pidof -s nfacctd)" udp 0.0.0.0 2055
+    fastrecv balance status flows
+    """  # noqa: D301 - click wants the character
+
+
+for _noun in balance_reads.COMMANDS:
+    balance.add_command(_noun)
+
+
+@balance.command()
+@click.argument("name", type=NAME)
+@click.option("--policy", type=POLICY, default="source", show_default=True,
+              help="source[/BITS4[/BITS6]], source+port, flow, destination, payload[OFFSET:LENGTH], quic[LENGTH], cpu, "
+              "random.")  # fmt: skip
+@click.option("--size", type=click.IntRange(1, SLOTS), help="Slots 0 to SIZE - 1 share the senders.")
+@click.option("--map", "mapped", type=click.Choice(["source", "destination"]),
+              help="Prefixes of this address may have slots of their own (`place`).")  # fmt: skip
+@click.option("--empty", type=click.Choice(EMPTY_POLICIES), default="drop", show_default=True,
+              help="Senders of a slot without a socket: refused, left to the kernel's hash, or the next slot's.")  # fmt: skip
+@click.option("--senders", type=click.IntRange(0, 10_000_000), default=0,
+              help="So many may be known while slots are drained by sender.  [default: 0, drained by table only]")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, (1 << 64) - 1), help="Of the hash.  [default: drawn]")
+@GROUP_OPTION
+@BPFFS_OPTION
+def create(
+    name: str, policy: Policy, size: int | None, mapped: Mapped | None, empty: Empty, senders: int, seed: int | None,
+    group: int | None, bpffs: Path,
+) -> None:  # fmt: skip
+    """Make a balancer, or find that the one of that name is just that.
+
+    Of several that begin at once the first makes it; another size, seed or policy than is there is refused.
+    """
+    wanted = Policy.parse(str(policy), mapped=mapped, seed=seed)
+    made = name not in balance_life.names(bpffs)
+    with balance_life.create(
+        name, wanted, size, empty=empty, senders=senders, bpffs=bpffs, group=group
+    ) as balancer:  # fmt: skip
+        click.echo(f"{'made' if made else 'there already:'} {name}: {balance_reads.described(balancer)}")
+
+
+@balance.command()
+@click.argument("name", type=NAME)
+@BPFFS_OPTION
+def destroy(name: str, bpffs: Path) -> None:
+    """Forget a balancer. A group that has its program keeps it as it is: `detach` first."""
+    balance_life.destroy(name, bpffs=bpffs)
+    click.echo(f"destroyed {name}")
+
+
+@balance.command()
+@click.argument("name", type=NAME)
+@one_socket
+@BPFFS_OPTION
+def attach(name: str, opened: Callable[[], Any], bpffs: Path) -> None:
+    """Attach a balancer to the group of a socket, in the place of any program that it has.
+
+    The socket is one that the process PID has bound to ADDRESS and PORT, any member of the group, or is inherited
+    (--fd). It must be bound already, and listen if it is TCP: a program that is attached before makes the next member's
+    bind() fail.
+    """
+    with balance_life.opened(name, bpffs=bpffs) as balancer, opened() as sockets:
+        sock = sockets[0]
+        before = _program_of(sock)
+        balancer.attach(sock)
+        mine = balancer.maps.program.info.id
+        instead = f", in the place of program {before}" if before not in (None, 0, mine) else ""
+        click.echo(f"attached {name} (program {mine}) to the group of {listeners.described(sock)}{instead}")
+
+
+@balance.command()
+@one_socket
+def detach(opened: Callable[[], Any]) -> None:
+    """Detach whatever program the group of a socket has: the kernel's hash decides again."""
+    with opened() as sockets:
+        Balancer.detach(sockets[0])
+        click.echo(f"detached from the group of {listeners.described(sockets[0])}")
+
+
+def _program_of(sock: Any) -> int | None:
+    """The id of the program of a socket's group, 0 without one; None where it may not be looked at."""
+    try:
+        return groups.program_of(sock)
+    except (NotSupported, PermissionError):
+        return None
+
+
+@balance.command()
+@click.argument("name", type=NAME)
+@click.argument("slot", type=SLOT)
+@click.option("--fd", "descriptor", type=click.IntRange(0, (1 << 31) - 1),
+              help="An inherited descriptor.  [default: what systemd has passed]")  # fmt: skip
+@click.option("--take-over", is_flag=True, help="In the place of the socket that has the slot.")
+@BPFFS_OPTION
+def register(name: str, slot: int, descriptor: int | None, take_over: bool, bpffs: Path) -> None:
+    """Give a slot to an inherited socket, a member of the group."""
+    passed = [descriptor] if descriptor is not None else [fd for _, fd in listeners.from_systemd()]
+    if not passed:
+        raise click.UsageError("no socket: give --fd, or run as a systemd service with a .socket unit")
+    with listeners.of_descriptors(passed) as sockets:
+        _register(name, slot, sockets, take_over, bpffs)
+
+
+@balance.command("register-pid")
+@click.argument("name", type=NAME)
+@click.argument("slot", type=SLOT)
+@click.argument("process", type=PROCESS, metavar="PID")
+@click.argument("protocol", type=click.Choice(["tcp", "udp"], case_sensitive=False), metavar="PROTOCOL")
+@click.argument("address", type=ADDRESS)
+@click.argument("port", type=click.IntRange(1, 65535))
+@click.option("--take-over", is_flag=True, help="In the place of the socket that has the slot.")
+@BPFFS_OPTION
+def register_pid(
+    name: str, slot: int, process: int, protocol: str, address: Address, port: int, take_over: bool, bpffs: Path
+) -> None:
+    """Give a slot to the socket that a running process has bound to ADDRESS and PORT; PID may be a pid file's path.
+
+    A process that has several gets as many slots, from SLOT on. The process need know nothing of it. Its slot empties
+    itself when it ends.
+    """
+    with listeners.of_process(process, PROTOCOLS[protocol], address, port) as sockets:
+        _register(name, slot, sockets, take_over, bpffs)
+
+
+def _register(name: str, slot: int, sockets: Sequence[Any], take_over: bool, bpffs: Path) -> None:
+    with balance_life.opened(name, bpffs=bpffs) as balancer:
+        if slot + len(sockets) > SLOTS:
+            raise StateError(f"{len(sockets)} sockets from slot {slot} on: there are slots 0 to {SLOTS - 1}")
+        for number, sock in enumerate(sockets, slot):
+            balancer.register(number, sock, take_over=take_over)
+            click.echo(f"slot {number}: {listeners.described(sock)}, sk:{listeners.cookie_of(sock):x}")
+        if _program_of(sockets[0]) not in (None, balancer.maps.program.info.id):
+            click.echo(f"its group does not have {name}'s program yet: `fastrecv balance attach`")
+
+
+@balance.command()
+@click.argument("name", type=NAME)
+@click.argument("slot", type=SLOT)
+@BPFFS_OPTION
+def unregister(name: str, slot: int, bpffs: Path) -> None:
+    """Empty a slot. What its socket has queued stays there to be read; senders that come follow --empty."""
+    with balance_life.opened(name, bpffs=bpffs) as balancer:
+        if slot not in balancer.sockets():
+            raise StateError(f"slot {slot} has no socket")
+        balancer.unregister(slot)
+        had = balancer.weights.get(slot)
+        click.echo(f"slot {slot} is empty" + ("; it still has senders: `drain` would give them away" if had else ""))
+
+
+@balance.command()
+@click.argument("name", type=NAME)
+@click.argument("slot", type=SLOT)
+@click.argument("weight", type=click.IntRange(0, MAX_WEIGHT))
+@BPFFS_OPTION
+def weight(name: str, slot: int, weight: int, bpffs: Path) -> None:
+    """Give a slot so many shares of the senders; the others have theirs. 0 is to drain it."""
+    with balance_life.opened(name, bpffs=bpffs) as balancer:
+        if weight == 0:
+            moved = balancer.drain(slot)
+        else:
+            moved = balancer.weigh({**balancer.weights, slot: weight})
+        click.echo(f"slot {slot} has weight {weight}, {_moved(moved)}")
+
+
+@balance.command()
+@click.argument("name", type=NAME)
+@click.argument("size", type=click.IntRange(1, SLOTS))
+@BPFFS_OPTION
+def resize(name: str, size: int, bpffs: Path) -> None:
+    """Let slots 0 to SIZE - 1 share the senders. Slots above drain: their sockets stay registered, to be read empty."""
+    with balance_life.opened(name, bpffs=bpffs) as balancer:
+        missing = sorted(set(range(size)) - balancer.sockets().keys())
+        if missing and balancer.empty == "drop":
+            raise StateError(
+                f"{'slot' if len(missing) == 1 else 'slots'} {', '.join(map(str, missing))} without a socket would drop "
+                "their senders: register first"
+            )
+        before = len(balancer.weights)
+        click.echo(f"{before} slots before, {size} now, {_moved(balancer.resize(size))}")
+
+
+def _moved(buckets: int) -> str:
+    return f"{buckets:,} of {BUCKETS:,} buckets moved ({100 * buckets / BUCKETS:.1f} % of the senders)"
+
+
+@balance.command()
+@click.argument("name", type=NAME)
+@click.argument("slot", type=SLOT)
+@click.option("--by-sender", is_flag=True, help="Senders it has stay with it until none has come for --quiet seconds.")
+@click.option("--learn", type=click.FloatRange(0, 86400), default=10.0, show_default=True,
+              help="With --by-sender: seconds for which those who come are recorded before.")  # fmt: skip
+@click.option("--quiet", type=click.FloatRange(0.1, 86400), default=60.0, show_default=True,
+              help="With --by-sender: seconds without any that end it.")  # fmt: skip
+@click.option("--wait", type=click.FloatRange(0, 86400), default=None,
+              help="Seconds to wait at most until its queue has been read to the end; then the slot is emptied.")  # fmt: skip
+@BPFFS_OPTION
+def drain(
+    name: str, slot: int, by_sender: bool, learn: float, quiet: float, wait: float | None, bpffs: Path
+) -> None:
+    """Give a slot's senders to the others, so that its process can end without losing anything.
+
+    Without --wait it is done at once, and the slot's socket stays, to be read to the end: then `unregister`, then end
+    the process. Interrupted, it leaves the slot draining.
+    """
+    if by_sender:
+        _learn(name, slot, learn, bpffs)
+    with balance_life.opened(name, bpffs=bpffs) as balancer:
+        click.echo(f"slot {slot} drains, {_moved(balancer.drain(slot))}")
+    if by_sender:
+        _await_quiet(name, slot, quiet, bpffs)
+    if wait is not None:
+        _await_empty_queue(name, slot, wait, bpffs)
+
+
+def _learn(name: str, slot: int, seconds: float, bpffs: Path) -> None:
+    with balance_life.opened(name, bpffs=bpffs) as balancer:
+        balancer.leaving.begin(slot)
+    for _ in _ticks(seconds):
+        pass
+    with balance_life.opened(name, bpffs=bpffs, read_only=True) as balancer:
+        click.echo(f"{balancer.leaving.known(slot).senders:,} senders came within {seconds:g} s, and stay")
+
+
+def _await_quiet(name: str, slot: int, quiet: float, bpffs: Path) -> None:
+    for _ in _ticks(None):
+        with balance_life.opened(name, bpffs=bpffs) as balancer:
+            known = balancer.leaving.known(slot)
+            if known.quiet is None or known.quiet >= quiet:
+                balancer.leaving.end(slot)
+                break
+        if click.get_text_stream("stderr").isatty():
+            click.echo(f"\r{known.senders:,} known, the last came {known.quiet:.0f} s ago ", err=True, nl=False)
+    click.echo(f"none of slot {slot}'s senders has come for {quiet:g} s: it has none any more")
+
+
+def _await_empty_queue(name: str, slot: int, seconds: float, bpffs: Path) -> None:
+    with balance_life.opened(name, bpffs=bpffs, read_only=True) as balancer:
+        cookie = balancer.sockets().get(slot)
+    left: int | None = 0
+    for _ in _ticks(seconds) if cookie is not None else ():
+        left = next((member.queue for member in groups.members() if member.cookie == cookie), 0)
+        if not left:
+            break
+    if left:
+        raise StateError(f"slot {slot} still has {left:,} queued after {seconds:g} s: its process does not read")
+    with balance_life.opened(name, bpffs=bpffs) as balancer:
+        if balancer.sockets().get(slot) == cookie:
+            balancer.unregister(slot)
+    click.echo(f"slot {slot} is empty, and nothing is queued: its process can end")
+
+
+def _ticks(seconds: float | None) -> Iterator[None]:
+    """Again and again for a while, at least once."""
+    deadline = None if seconds is None else time.monotonic() + seconds
+    while True:
+        yield
+        if deadline is not None and time.monotonic() >= deadline:
+            return
+        time.sleep(_POLL)
+
+
+@balance.command()
+@click.argument("name", type=NAME)
+@click.argument("prefix", type=PREFIX)
+@click.argument("slot", type=SLOT)
+@BPFFS_OPTION
+def place(name: str, prefix: Network, slot: int, bpffs: Path) -> None:
+    """Give a prefix of the mapped address (`create --map`) a slot of its own, before any hash; the longest wins."""
+    with balance_life.opened(name, bpffs=bpffs) as balancer:
+        balancer.place(prefix, slot)
+        click.echo(f"{balancer.policy.mapped} {prefix}: slot {slot}")
+
+
+@balance.command()
+@click.argument("name", type=NAME)
+@click.argument("prefix", type=PREFIX)
+@BPFFS_OPTION
+def unplace(name: str, prefix: Network, bpffs: Path) -> None:
+    """Let the hash decide again for a prefix."""
+    with balance_life.opened(name, bpffs=bpffs) as balancer:
+        balancer.unplace(prefix)
+        click.echo(f"{prefix}: by {balancer.policy}")
