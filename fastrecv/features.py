@@ -164,6 +164,13 @@ def _foreign_sockets() -> None:
     check_tracing()
 
 
+def _groups() -> None:
+    from fastrecv.groups import Groups  # noqa: PLC0415 - the receive core works without libbpf
+
+    with Groups() as groups:
+        groups.sockets()
+
+
 def _rcu_expedited() -> None:
     Path("/sys/kernel/rcu_expedited").open("r+").close()
 
@@ -186,6 +193,7 @@ FEATURES = {
             _foreign_sockets,
         ),
         Feature("steering", "UDP sockets in a SOCKMAP", (5, 7), "CAP_BPF and CAP_NET_ADMIN", _sockmap),
+        Feature("steering", "reading reuseport groups", (5, 12), "CAP_BPF and CAP_PERFMON", _groups),
         Feature("bench", "live frames in BPF_PROG_RUN", (5, 18), "CAP_BPF and CAP_NET_ADMIN", _live_frames),
         Feature("bench", "enumeration of BPF links", (5, 8), "CAP_SYS_ADMIN", _bpf_enumeration),
         Feature("bench", "BPF run-time statistics", (5, 8), "CAP_SYS_ADMIN", _bpf_statistics),

@@ -83,3 +83,13 @@ cdef object section_type(const btf *types, str section):
         return None
     id = btf__find_by_name_kind(types, name, BTF_KIND_DATASEC)
     return dtype_of(types, <uint32_t>id) if id > 0 else None
+
+
+cdef object struct_type(const btf *types, str name):
+    """The dtype of `struct name`; None where the object does not describe it, or numpy cannot say it."""
+    cdef bytes encoded = name.encode()
+    cdef int32_t id
+    if types == NULL:
+        return None
+    id = btf__find_by_name_kind(types, encoded, BTF_KIND_STRUCT)
+    return dtype_of(types, <uint32_t>id) if id > 0 else None

@@ -8,6 +8,7 @@ cdef extern from "<linux/bpf.h>" nogil:
         BPF_F_RDONLY
         BPF_SK_LOOKUP
         BPF_XDP
+        BPF_TRACE_ITER
         BPF_STATS_RUN_TIME
         BPF_F_TEST_XDP_LIVE_FRAMES
         BPF_MAP_TYPE_ARRAY
@@ -103,6 +104,7 @@ cdef extern from "<bpf/bpf.h>" nogil:
     int bpf_obj_get_info_by_fd(int fd, void *info, uint32_t *length)
     int bpf_link_create(int prog_fd, int target_fd, int attach_type,
                         const bpf_link_create_opts *opts)
+    int bpf_iter_create(int link_fd)
     int bpf_link_update(int link_fd, int prog_fd, const bpf_link_update_opts *opts)
     int bpf_link_detach(int link_fd)
     int bpf_link_get_next_id(uint32_t start, uint32_t *next)

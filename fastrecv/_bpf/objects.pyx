@@ -1,5 +1,6 @@
 """BPF objects: an ELF file opened, given its variables, loaded; and its programs, attached or run by hand."""
 
+import os
 import warnings
 from collections import namedtuple
 
@@ -8,11 +9,13 @@ import numpy as np
 from fastrecv._bpf.links import program_info_of, take_link
 
 from fastrecv._bpf.handle cimport Descriptor, check, error, forget_log, open_pin
-from fastrecv._bpf.layout cimport section_type
+from fastrecv._bpf.layout cimport section_type, struct_type
 from fastrecv._bpf.libbpf cimport (
     BPF_F_TEST_XDP_LIVE_FRAMES,
     BPF_SK_LOOKUP,
+    BPF_TRACE_ITER,
     BPF_XDP,
+    bpf_iter_create,
     bpf_link_create,
     bpf_link_create_opts,
     bpf_map,
@@ -40,6 +43,8 @@ from libc.string cimport memcpy, memset
 from posix.mman cimport MAP_FAILED, MAP_FIXED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap
 
 TestRun = namedtuple("TestRun", "verdict data context duration_ns")
+
+_PART = 1 << 16  # bytes; the kernel gives no more than 8 pages at once (kernel/bpf/bpf_iter.c)
 
 
 cdef class _Variable:
@@ -156,6 +161,14 @@ cdef class Object:
         raw = (<const char *>variable.place)[:variable.dtype.itemsize]
         return np.frombuffer(raw, variable.dtype.base).reshape(variable.dtype.shape)[()]
 
+    def dtype(self, str struct not None):
+        """The numpy dtype of a C struct that the object describes: of a map, of a variable, or what one points to."""
+        self.alive()
+        found = struct_type(bpf_object__btf(self.ptr), struct)
+        if found is None:
+            raise KeyError(f"BPF object {self.name} describes no struct {struct} that numpy could hold")
+        return found
+
     def close(self):
         if self.ptr != NULL:
             bpf_object__close(self.ptr)
@@ -225,6 +238,30 @@ cdef class Program(Descriptor):
     def attach_xdp(self, int ifindex, unsigned int flags=0):
         """Attach an XDP program to a device of the calling thread's namespace; `flags` are XDP_FLAGS_*. Linux 5.9."""
         return self.attach(ifindex, BPF_XDP, flags, f"interface {ifindex}")
+
+    def iterate(self):
+        """All that an iterator program writes about what it is run for, as bytes. Linux 5.8.
+
+        What has a network namespace is looked for in the calling thread's.
+        """
+        cdef int link_fd, fd = -1
+        with self.attach(0, BPF_TRACE_ITER, 0, "its iterator") as link:
+            link_fd = link.fileno()
+            with nogil:
+                fd = bpf_iter_create(link_fd)
+        check(fd, f"iterating with program {self.name}")
+        try:
+            parts = []
+            while True:
+                try:
+                    part = os.read(fd, _PART)
+                except BlockingIOError:  # a million passed over; the next read goes on from there
+                    continue
+                if not part:
+                    return b"".join(parts)
+                parts.append(part)
+        finally:
+            os.close(fd)
 
     cdef attach(self, int target, int kind, unsigned int flags, str where):
         cdef bpf_link_create_opts opts

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 # include/uapi/linux/capability.h
 CAP_CHOWN, CAP_FSETID, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_NET_RAW = 0, 4, 10, 12, 13
-CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_BPF = 19, 21, 39
+CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 19, 21, 38, 39
 _VERSION_3 = 0x20080522
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -73,6 +73,21 @@ def test_dtypes_are_those_of_the_c_structs(maps: Object) -> None:
     assert maps.maps["queue"].key_dtype.itemsize == 0
 
 
+def test_the_dtype_of_a_struct_is_found_by_its_name(maps: Object) -> None:
+    assert maps.dtype("value") == maps.maps["table"].value_dtype
+    for name in ("nothing", "bits"):  # a bit field is no numpy type
+        with pytest.raises(KeyError, match=f"maps describes no struct {name} that numpy could hold"):
+            maps.dtype(name)
+    maps.close()
+    with pytest.raises(ValueError, match="BPF object maps is closed"):
+        maps.dtype("value")
+
+
+def test_only_iterators_iterate(maps: Object) -> None:
+    with pytest.raises(BpfError, match="attaching program keep to its iterator: Invalid argument"):
+        maps.programs["keep"].iterate()
+
+
 @pytest.mark.parametrize("name", ["table", "trie"])
 def test_100_000_entries_go_in_come_out_and_go_away_in_one_call_each(maps: Object, name: str) -> None:
     table = maps.maps[name]
