@@ -161,8 +161,8 @@ def _make(directory: Path, policy: Policy, size: int | None, empty: Empty, sende
         made.maps.pin(directory)
         assert made.policy.seed is not None
         said = Document(
-            _FORMAT, version("fastrecv"), bpf.digest("balance"), str(policy), policy.mapped, made.policy.seed, empty, senders,
-            time.time(),
+            _FORMAT, version("fastrecv"), bpf.digest("balance"), str(policy), policy.mapped, made.policy.seed, empty,
+            senders, time.time(),
         )  # fmt: skip
         pins.write_document(msgspec.msgpack.encode(said), directory / "document")
 

@@ -179,7 +179,7 @@ PROCESS: click.ParamType[int] = _Words("process", _process)
 
 
 NETNS_OPTION = click.option("--netns", type=_NamespacePath(), metavar="PATH",
-                            help="Network namespace: /run/netns/NAME, /proc/PID/ns/net.  [default: this one]")  # fmt: skip
+                            help="Namespace: /run/netns/NAME, /proc/PID/ns/net.  [default: this one]")  # fmt: skip
 BPFFS_OPTION = click.option("--bpffs", type=click.Path(path_type=Path), default=BPFFS, show_default=True,
                             metavar="PATH", help="Where a BPF file system is mounted.")  # fmt: skip
 

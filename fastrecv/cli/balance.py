@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -14,7 +17,7 @@ from fastrecv import balance_life, groups, listeners
 from fastrecv.balance import EMPTY_POLICIES, MAX_WEIGHT, SLOTS, Balancer, Empty
 from fastrecv.cli import balance_reads
 from fastrecv.cli.arguments import ADDRESS, BPFFS_OPTION, GROUP_OPTION, NAME, POLICY, PREFIX, PROCESS, one_socket
-from fastrecv.errors import NotSupported, StateError
+from fastrecv.errors import StateError
 from fastrecv.policies import BUCKETS, Mapped, Policy
 from fastrecv.rules import PROTOCOLS
 
@@ -55,9 +58,9 @@ for _noun in balance_reads.COMMANDS:
 @click.option("--map", "mapped", type=click.Choice(["source", "destination"]),
               help="Prefixes of this address may have slots of their own (`place`).")  # fmt: skip
 @click.option("--empty", type=click.Choice(EMPTY_POLICIES), default="drop", show_default=True,
-              help="Senders of a slot without a socket: refused, left to the kernel's hash, or the next slot's.")  # fmt: skip
+              help="Who has a slot without a socket: is refused, goes by the kernel's hash, or next.")  # fmt: skip
 @click.option("--senders", type=click.IntRange(0, 10_000_000), default=0,
-              help="So many may be known while slots are drained by sender.  [default: 0, drained by table only]")  # fmt: skip
+              help="Known at most while a slot is drained by sender.  [default: 0: never by sender]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, (1 << 64) - 1), help="Of the hash.  [default: drawn]")
 @GROUP_OPTION
 @BPFFS_OPTION
@@ -102,7 +105,8 @@ def attach(name: str, opened: Callable[[], Any], bpffs: Path) -> None:
         before = _program_of(sock)
         balancer.attach(sock)
         mine = balancer.maps.program.info.id
-        instead = f", in the place of program {before}" if before not in (None, 0, mine) else ""
+        name_of = "a classic BPF program" if before == groups.CLASSIC else f"program {before}"
+        instead = f", in the place of {name_of}" if before not in (None, mine) else ""
         click.echo(f"attached {name} (program {mine}) to the group of {listeners.described(sock)}{instead}")
 
 
@@ -115,11 +119,11 @@ def detach(opened: Callable[[], Any]) -> None:
         click.echo(f"detached from the group of {listeners.described(sockets[0])}")
 
 
-def _program_of(sock: Any) -> int | None:
-    """The id of the program of a socket's group, 0 without one; None where it may not be looked at."""
+def _program_of(sock: socket.socket) -> int | None:
+    """The id of the program of a socket's group; None without one, and where it cannot be looked at from here."""
     try:
         return groups.program_of(sock)
-    except (NotSupported, PermissionError):
+    except (PermissionError, StateError):
         return None
 
 
@@ -160,15 +164,21 @@ def register_pid(
         _register(name, slot, sockets, take_over, bpffs)
 
 
-def _register(name: str, slot: int, sockets: Sequence[Any], take_over: bool, bpffs: Path) -> None:
+def _register(name: str, slot: int, sockets: Sequence[socket.socket], take_over: bool, bpffs: Path) -> None:
     with balance_life.opened(name, bpffs=bpffs) as balancer:
         if slot + len(sockets) > SLOTS:
             raise StateError(f"{len(sockets)} sockets from slot {slot} on: there are slots 0 to {SLOTS - 1}")
         for number, sock in enumerate(sockets, slot):
             balancer.register(number, sock, take_over=take_over)
             click.echo(f"slot {number}: {listeners.described(sock)}, sk:{listeners.cookie_of(sock):x}")
-        if _program_of(sockets[0]) not in (None, balancer.maps.program.info.id):
-            click.echo(f"its group does not have {name}'s program yet: `fastrecv balance attach`")
+        _hint(name, sockets[0], balancer.maps.program.info.id)
+
+
+def _hint(name: str, sock: socket.socket, program: int) -> None:
+    """Say so where the group of a socket that was registered has not the balancer's program, or none."""
+    with contextlib.suppress(PermissionError, StateError):  # it cannot be looked at from here
+        if groups.program_of(sock) != program:
+            click.echo(f"its group does not have {name}'s program: `fastrecv balance attach {name}`")
 
 
 @balance.command()
@@ -193,10 +203,7 @@ def unregister(name: str, slot: int, bpffs: Path) -> None:
 def weight(name: str, slot: int, weight: int, bpffs: Path) -> None:
     """Give a slot so many shares of the senders; the others have theirs. 0 is to drain it."""
     with balance_life.opened(name, bpffs=bpffs) as balancer:
-        if weight == 0:
-            moved = balancer.drain(slot)
-        else:
-            moved = balancer.weigh({**balancer.weights, slot: weight})
+        moved = balancer.weigh({**balancer.weights, slot: weight}) if weight else balancer.drain(slot)
         click.echo(f"slot {slot} has weight {weight}, {_moved(moved)}")
 
 
@@ -209,10 +216,8 @@ def resize(name: str, size: int, bpffs: Path) -> None:
     with balance_life.opened(name, bpffs=bpffs) as balancer:
         missing = sorted(set(range(size)) - balancer.sockets().keys())
         if missing and balancer.empty == "drop":
-            raise StateError(
-                f"{'slot' if len(missing) == 1 else 'slots'} {', '.join(map(str, missing))} without a socket would drop "
-                "their senders: register first"
-            )
+            named = f"{'slot' if len(missing) == 1 else 'slots'} {', '.join(map(str, missing))}"
+            raise StateError(f"{named} without a socket would drop their senders: register first")
         before = len(balancer.weights)
         click.echo(f"{before} slots before, {size} now, {_moved(balancer.resize(size))}")
 
@@ -230,11 +235,9 @@ def _moved(buckets: int) -> str:
 @click.option("--quiet", type=click.FloatRange(0.1, 86400), default=60.0, show_default=True,
               help="With --by-sender: seconds without any that end it.")  # fmt: skip
 @click.option("--wait", type=click.FloatRange(0, 86400), default=None,
-              help="Seconds to wait at most until its queue has been read to the end; then the slot is emptied.")  # fmt: skip
+              help="Seconds to wait until its queue has been read to the end; then the slot is emptied.")  # fmt: skip
 @BPFFS_OPTION
-def drain(
-    name: str, slot: int, by_sender: bool, learn: float, quiet: float, wait: float | None, bpffs: Path
-) -> None:
+def drain(name: str, slot: int, by_sender: bool, learn: float, quiet: float, wait: float | None, bpffs: Path) -> None:
     """Give a slot's senders to the others, so that its process can end without losing anything.
 
     Without --wait it is done at once, and the slot's socket stays, to be read to the end: then `unregister`, then end
@@ -266,7 +269,7 @@ def _await_quiet(name: str, slot: int, quiet: float, bpffs: Path) -> None:
             if known.quiet is None or known.quiet >= quiet:
                 balancer.leaving.end(slot)
                 break
-        if click.get_text_stream("stderr").isatty():
+        if sys.stderr.isatty():
             click.echo(f"\r{known.senders:,} known, the last came {known.quiet:.0f} s ago ", err=True, nl=False)
     click.echo(f"none of slot {slot}'s senders has come for {quiet:g} s: it has none any more")
 

@@ -13,14 +13,15 @@ from fastrecv.balance import Balancer, Slot
 from fastrecv.cli import output
 from fastrecv.cli.arguments import BPFFS_OPTION, ENDPOINT, NAME, NETNS_OPTION, entered
 from fastrecv.cli.serving import serve_metrics
-from fastrecv.errors import NotSupported, StateError
-from fastrecv.groups import Member
+from fastrecv.errors import StateError
+from fastrecv.groups import Member, Owner
 from fastrecv.policies import BUCKETS, Sender
+from fastrecv.rules import PROTOCOL_NAMES
 
 __all__ = ["COMMANDS", "described"]
 
 Address = IPv4Address | IPv6Address
-Members = dict[int, Member]  # by cookie
+Seen = dict[int, tuple[Member, list[Owner]]]  # by cookie
 
 
 def described(balancer: Balancer) -> str:
@@ -46,18 +47,18 @@ def status(name: str | None, as_json: bool, netns: str | None, bpffs: Path) -> N
         _overview(as_json, bpffs)
         return
     with entered(netns):
-        members = _members()
+        seen = _seen()
     with balance_life.opened(name, bpffs=bpffs, read_only=True) as balancer:
         slots, program = balancer.slots(), balancer.maps.program.info
         unreadable = balancer.counters()[None]
         places = {str(prefix): slot for prefix, slot in balancer.places().items()}
         words, policy = described(balancer), balancer.policy
         quiet = {slot.number: balancer.leaving.known(slot.number) for slot in slots if slot.leaving}
-    complaints = _complaints(name, slots, members, program.id)
+    complaints = _complaints(name, slots, seen, program.id)
     if as_json:
         output.as_json({
             "name": name, "policy": str(policy), "map": policy.mapped, "seed": policy.seed, "program": program.id,
-            "slots": [_document(slot, members) for slot in slots], "places": places,
+            "slots": [_document(slot, seen) for slot in slots], "places": places,
             "leaving": {str(slot): {"senders": known.senders, "quiet": known.quiet} for slot, known in quiet.items()},
             "unreadable": unreadable["unreadable"], "unassigned": unreadable["empty"], "complaints": complaints,
         })  # fmt: skip
@@ -66,7 +67,7 @@ def status(name: str | None, as_json: bool, netns: str | None, bpffs: Path) -> N
     output.table(
         ("slot", "state", "weight", "share", "socket", "process", "queue", "drops", "selected", "empty", "fallback",
          "wrong"),
-        [_row(slot, members) for slot in slots], remarkable=lambda row: row[1] != "active" or bool(row[-1]),
+        [_row(slot, seen) for slot in slots], remarkable=lambda row: row[1] != "active" or bool(row[-1]),
     )  # fmt: skip
     for slot, known in quiet.items():
         said = f", the last came {known.quiet:.0f} s ago" if known.quiet is not None else ""
@@ -92,57 +93,63 @@ def _overview(as_json: bool, bpffs: Path) -> None:
     output.table(("balancer", "policy", "size", "sockets", "empty slots"), rows)
 
 
-def _members() -> Members | None:
-    """Every socket of a group here; None where they may not be looked at."""
+def _seen() -> Seen | None:
+    """Every member of a group here, by its cookie, and who holds it; None where they may not be looked at."""
     try:
-        return {member.cookie: member for member in groups.members()}
-    except (NotSupported, PermissionError):
+        found = {member.cookie: member for member in groups.members()}
+    except PermissionError:
         return None
+    owners = groups.owners(member.inode for member in found.values())
+    return {cookie: (member, owners.get(member.inode, [])) for cookie, member in found.items()}
 
 
-def _complaints(name: str, slots: list[Slot], members: Members | None, program: int) -> list[str]:
+def _complaints(name: str, slots: list[Slot], seen: Seen | None, program: int) -> list[str]:
     """What keeps the slots' sockets from being balanced."""
-    if members is None:
+    if seen is None:
         return []
+    members = [seen[slot.socket][0] for slot in slots if slot.socket in seen]
     found = []
-    strays = sorted(slot.number for slot in slots if slot.socket is not None and slot.socket not in members)
+    strays = [str(slot.number) for slot in slots if slot.socket is not None and slot.socket not in seen]
     if strays:
-        found.append(f"slots {', '.join(map(str, strays))}: their sockets are in another network namespace: --netns")
-    groups_of: dict[str, set[int]] = {}
-    for slot in slots:
-        member = members.get(slot.socket or 0)
-        if member is not None:
-            groups_of.setdefault(member.where, set()).add(member.program)
-    if len(groups_of) > 1:
-        found.append(f"its sockets are of several groups, and a program selects its own group's only: "
-                     f"{', '.join(sorted(groups_of))}")  # fmt: skip
-    for where, programs in groups_of.items():
-        other = sorted(programs - {program})
-        if other == [0]:
-            found.append(f"the group of {where} has no program: `fastrecv balance attach {name}`")
-        elif other:
-            found.append(f"the group of {where} has program {other[0]} instead of {program}: somebody has replaced it; "
-                         f"`fastrecv balance attach {name}` puts this one back")  # fmt: skip
+        found.append(
+            f"slots {', '.join(strays)}: their sockets are in another network namespace: say with --netns where"
+        )
+    present = {member.group: member for member in members}
+    if len(present) > 1:
+        found.append(f"its sockets are of {len(present)} groups, and a program selects only those of the group that it "
+                     f"runs for: {', '.join(sorted(map(_where, present.values())))}")  # fmt: skip
+    for member in present.values():
+        cure = f"`fastrecv balance attach {name}` puts it back"
+        if member.program is None:
+            found.append(f"the group of {_where(member)} has no program: {cure}")
+        elif member.program != program:
+            other = "a classic BPF program" if member.program == groups.CLASSIC else f"program {member.program}"
+            found.append(f"the group of {_where(member)} has {other} instead of {program}: {cure}")
     return found
 
 
-def _row(slot: Slot, members: Members | None) -> tuple[object, ...]:
-    member = (members or {}).get(slot.socket or 0)
+def _where(member: Member) -> str:
+    return f"{PROTOCOL_NAMES[member.protocol]} {member.address} port {member.port}"
+
+
+def _row(slot: Slot, seen: Seen | None) -> tuple[object, ...]:
+    member, owners = (seen or {}).get(slot.socket or 0, (None, []))
     counters = slot.counters
     return (
         slot.number, slot.state, slot.weight, f"{100 * slot.buckets / BUCKETS:.1f} %",
-        f"sk:{slot.socket:x}" if slot.socket is not None else "-", member.process if member else "-",
+        f"sk:{slot.socket:x}" if slot.socket is not None else "-",
+        ", ".join(f"{owner.pid} {owner.command}" for owner in owners) or "-",
         member.queue if member else "-", member.drops if member else "-",
         counters["selected"], counters["empty"], counters["fallback"], counters["wrong"],
     )  # fmt: skip
 
 
-def _document(slot: Slot, members: Members | None) -> dict[str, object]:
-    member = (members or {}).get(slot.socket or 0)
-    more = {"pid": member.pid, "queue": member.queue, "drops": member.drops} if member else {}
+def _document(slot: Slot, seen: Seen | None) -> dict[str, object]:
+    member, owners = (seen or {}).get(slot.socket or 0, (None, []))
     return {
         "slot": slot.number, "state": slot.state, "weight": slot.weight, "buckets": slot.buckets,
-        "socket": slot.socket, **more, **slot.counters,
+        "socket": slot.socket, "pids": [owner.pid for owner in owners], "queue": member.queue if member else None,
+        "drops": member.drops if member else None, **slot.counters,
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 
 import click
+
 from fastrecv import explain as explaining
 from fastrecv import lookup_life, metrics, pins, ruletext
 from fastrecv.cli import output

@@ -44,7 +44,9 @@ class HttpServer(BoundedThreads, WSGIServer):
         self.setup_environ()
 
 
-def serve_metrics(collector: Collector, address: IPv4Address | IPv6Address, port: int, netns: str | None = None) -> None:
+def serve_metrics(
+    collector: Collector, address: IPv4Address | IPv6Address, port: int, netns: str | None = None
+) -> None:
     """Serve what a collector collects over HTTP, without any capability left, until SIGINT or SIGTERM."""
     privileges.refuse_threads()
     registry = CollectorRegistry()
