@@ -129,7 +129,7 @@ def test_what_cannot_be_balanced_is_refused_with_the_cure(stage: Stage) -> None:
             balancer.register(1, member)
         with (
             socket.socket(socket.AF_INET, UDP) as unbound,
-            pytest.raises(SocketRefusedError, match="attach after bind"),
+            pytest.raises(SocketRefusedError, match="is not bound: register it after bind"),
         ):
             balancer.attach(unbound)
 
