@@ -13,7 +13,7 @@ import os
 import secrets
 import socket
 from collections.abc import Iterator
-from errno import EBUSY, EEXIST, EINVAL
+from errno import EACCES, EBUSY, EEXIST, EINVAL
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from types import TracebackType
@@ -254,8 +254,8 @@ def write_object(path: str | os.PathLike[str]) -> None:
 
     Section sk_reuseport/selector, function _selector, four maps pinned by name: with libbpf's pin_root_path the peer
     finds the same ones as `Modulo` with that root. A peer with libbpf 1.0 or newer, which does not know the section,
-    sets the program's type itself (bpf_program__set_type, BPF_PROG_TYPE_SK_REUSEPORT); older ones take it from the name.
-    No privilege needed. StateError where the file exists: a peer may be told to load it.
+    sets the program's type itself: bpf_program__set_type(program, BPF_PROG_TYPE_SK_REUSEPORT); older ones take it from
+    the section's name. No privilege needed. StateError where the file exists: a peer may be told to load it.
     """
     target = Path(path)
     try:
@@ -301,5 +301,7 @@ def _locked(root: Path, *, create: bool) -> Iterator[None]:
     try:
         with pins.locked(root, exclusive=True, create=create):
             yield
-    except (PermissionError, NotADirectoryError) as error:
+    except OSError as error:
+        if not isinstance(error, (PermissionError, NotADirectoryError)) and error.errno != EACCES:
+            raise
         raise StateError(f"{root} is not a directory of yours to change: {error.strerror}") from None
