@@ -6,7 +6,7 @@ import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import replace
-from errno import EBUSY, EINVAL, ENOENT
+from errno import EINVAL, ENOENT
 from ipaddress import IPv4Network, IPv6Network
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrecv import buckets, listeners
+from fastrecv import buckets, reuseport
 from fastrecv.balance_maps import SLOTS, Maps
-from fastrecv.errors import BpfError, SocketRefusedError, StateError
+from fastrecv.errors import BpfError, StateError
 from fastrecv.leaving import Leaving
 from fastrecv.policies import Policy, number_of
 
@@ -26,7 +26,6 @@ COUNTERS = ("selected", "empty", "fallback", "unreadable", "wrong")
 """Of a slot: struct counters of bpf/balance.bpf.c."""
 EMPTY_POLICIES = ("drop", "kernel", "next")
 MAX_WEIGHT = 1000
-_SO_ATTACH_REUSEPORT_EBPF, _SO_DETACH_REUSEPORT_BPF = 52, 68  # include/uapi/asm-generic/socket.h
 
 Empty = Literal["drop", "kernel", "next"]
 State = Literal["active", "draining", "empty"]
@@ -110,24 +109,7 @@ class Balancer:
 
     def attach(self, sock: socket.socket) -> None:
         """Attach the program to the group of a member, in the place of any other. SocketRefusedError."""
-        _check_member(sock)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_EBPF, self.maps.program.fileno())
-        except OSError as error:
-            if error.errno != EINVAL:
-                raise
-            raise _in_no_group(sock) from None
-
-    @staticmethod
-    def detach(sock: socket.socket) -> None:
-        """Detach whatever program the group of a member has; the kernel's hash decides then. StateError without one."""
-        _check_member(sock)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_REUSEPORT_BPF, 0)
-        except OSError as error:
-            if error.errno not in (EINVAL, ENOENT):
-                raise
-            raise StateError(f"the group of {listeners.described(sock)} has no program") from None
+        reuseport.attach(sock, self.maps.program)
 
     # Its slots
 
@@ -138,27 +120,7 @@ class Balancer:
         changed, where another has it, and where the socket cannot have one.
         """
         _check_slot(slot)
-        _check_member(sock)
-        present = self.sockets()
-        cookie = listeners.cookie_of(sock)
-        if present.get(slot) == cookie:
-            return
-        if slot in present and not take_over:
-            raise SocketRefusedError(f"slot {slot} has socket sk:{present[slot]:x}: unregister that, or take it over")
-        for other, holder in present.items():
-            if holder == cookie:
-                raise SocketRefusedError(f"{listeners.described(sock)} has slot {other}: unregister it there first")
-        try:
-            self.maps["slots"].update([slot], [sock.fileno()])
-        except BpfError as error:
-            if error.errno == EINVAL:
-                raise _in_no_group(sock) from None
-            if error.errno == EBUSY:
-                raise SocketRefusedError(
-                    f"{listeners.described(sock)} has a slot of another balancer, or is a dispatcher's: a socket is in "
-                    "one place only. For a dispatcher register one more member of the group, which has no slot"
-                ) from None
-            raise
+        reuseport.put(self.maps["slots"], slot, sock, take_over)
 
     def unregister(self, slot: int) -> None:
         """Empty a slot; nothing where it is empty. Its senders follow the empty-slot policy: drain it first."""
@@ -173,8 +135,7 @@ class Balancer:
 
     def sockets(self) -> dict[int, int]:
         """Cookies (SO_COOKIE) of the sockets in the slots; one that was closed is gone."""
-        numbers, cookies = self.maps["slots"].items()
-        return dict(zip(numbers.tolist(), cookies.tolist(), strict=True))
+        return reuseport.in_slots(self.maps["slots"])
 
     # Who gets whom
 
@@ -292,20 +253,6 @@ class Balancer:
 def _check_slot(slot: int) -> None:
     if not 0 <= slot < SLOTS:
         raise ValueError(f"slot {slot}: give 0 to {SLOTS - 1}")
-
-
-def _check_member(sock: socket.socket) -> None:
-    """SocketRefusedError for what cannot be a member of a balanced group."""
-    listeners.check_steerable(sock)
-    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
-        raise _in_no_group(sock)
-
-
-def _in_no_group(sock: socket.socket) -> SocketRefusedError:
-    named = listeners.described(sock)
-    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
-        return SocketRefusedError(f"{named} is in no group: its SO_REUSEPORT was set after bind(), set it before")
-    return SocketRefusedError(f"{named} is in no group: set SO_REUSEPORT before bind()")
 
 
 def _network(key: np.void) -> Network:

@@ -158,6 +158,13 @@ def _dispatcher() -> None:
         lookup.load()
 
 
+def _balancer() -> None:
+    from fastrecv.bpf import packaged  # noqa: PLC0415 - the receive core works without libbpf
+
+    with packaged("balance") as balance:
+        balance.load()
+
+
 def _foreign_sockets() -> None:
     from fastrecv.listeners import check_tracing  # noqa: PLC0415 - only who asks for it needs ctypes
 
@@ -184,6 +191,7 @@ FEATURES = {
         Feature("all", "IPv6", (2, 6), "", _ipv6),
         Feature("steering", "sk_lookup programs", (5, 9), "CAP_BPF and CAP_NET_ADMIN", _sk_lookup),
         Feature("steering", "the dispatcher's program", (5, 17), "CAP_BPF and CAP_NET_ADMIN", _dispatcher),
+        Feature("steering", "the balancer's program", (5, 14), "CAP_BPF", _balancer),
         Feature("steering", "a BPF file system at /sys/fs/bpf", (4, 4), "", _bpffs),
         Feature(
             "steering",

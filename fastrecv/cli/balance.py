@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from fastrecv import balance_life, groups, listeners
-from fastrecv.balance import EMPTY_POLICIES, MAX_WEIGHT, SLOTS, Balancer, Empty
+from fastrecv import balance_life, groups, listeners, reuseport
+from fastrecv.balance import EMPTY_POLICIES, MAX_WEIGHT, SLOTS, Empty
 from fastrecv.cli import balance_reads
 from fastrecv.cli.arguments import ADDRESS, BPFFS_OPTION, GROUP_OPTION, NAME, POLICY, PREFIX, PROCESS, one_socket
 from fastrecv.errors import StateError
@@ -115,7 +115,7 @@ def attach(name: str, opened: Callable[[], Any], bpffs: Path) -> None:
 def detach(opened: Callable[[], Any]) -> None:
     """Detach whatever program the group of a socket has: the kernel's hash decides again."""
     with opened() as sockets:
-        Balancer.detach(sockets[0])
+        reuseport.detach(sockets[0])
         click.echo(f"detached from the group of {listeners.described(sockets[0])}")
 
 
