@@ -28,8 +28,11 @@ __all__ = [
     "PORTS",
     "PREFIX",
     "PROCESS",
+    "Address",
     "entered",
+    "in_namespace",
     "place",
+    "with_port",
 ]
 
 Address = IPv4Address | IPv6Address
@@ -148,13 +151,24 @@ ENDPOINT: click.ParamType[tuple[Address, int]] = _Words("address:port", _endpoin
 PROCESS: click.ParamType[int] = _Words("process", _process)
 
 
+def with_port(_context: click.Context, _parameter: click.Parameter, value: tuple[Address, int]) -> tuple[Address, int]:
+    """The callback of an ENDPOINT that must have a port."""
+    if not value[1]:
+        raise click.BadParameter("no port: give ADDRESS:PORT, or [ADDRESS]:PORT for IPv6")
+    return value
+
+
+in_namespace = click.option(
+    "--netns", type=_NamespacePath(), metavar="PATH",
+    help="Network namespace: /run/netns/NAME, /proc/PID/ns/net.  [default: this one]",
+)  # fmt: skip
+
+
 def place(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say which dispatcher is meant."""
-    netns = click.option("--netns", type=_NamespacePath(), metavar="PATH",
-                         help="Network namespace: /run/netns/NAME, /proc/PID/ns/net.  [default: this one]")  # fmt: skip
     bpffs = click.option("--bpffs", type=click.Path(path_type=Path), default=BPFFS, show_default=True, metavar="PATH",
                          help="Where a BPF file system is mounted.")  # fmt: skip
-    return netns(bpffs(command))
+    return in_namespace(bpffs(command))
 
 
 @contextlib.contextmanager
