@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -31,7 +30,7 @@ _TIME = 12  # characters of 13:37:00.123
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Stop after so long.")
 @click.option("--count", type=click.IntRange(1), help="Stop after so many connections or datagrams.")
 @click.option("--quiet", is_flag=True, help="Print the sockets and the summary only.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, an object a line.")
+@output.json_lines_option
 @in_namespace
 def listen(
     protocol: str, address: tuple[Address, int], listeners: int, fast_open: bool, seconds: float | None,
@@ -118,7 +117,7 @@ class _Json:
     """For programs: every object says what it is."""
 
     def opened(self, group: Group) -> None:
-        _say({
+        output.json_lines({
             "event": "listener", "slot": slot.number, "pid": os.getpid(), "fd": slot.fd, "cookie": slot.cookie,
             "address": slot.address.host, "port": slot.address.port,
         } for slot in group.slots)  # fmt: skip
@@ -127,17 +126,13 @@ class _Json:
         """There is no headline."""
 
     def report(self, events: Iterable[Event]) -> None:
-        _say({
+        output.json_lines({
             "event": type(event).__name__.lower(), **event._asdict(),
             "source": event.source._asdict(), "destination": event.destination._asdict(),
         } for event in events)  # fmt: skip
 
     def summary(self, group: Group, tallies: Sequence[Tally]) -> None:
-        _say({
+        output.json_lines({
             "event": "summary", "slot": slot.number, "served": tally.served, "bytes": tally.bytes,
             "senders": tally.senders, "lost": group.lost(slot.number),
         } for slot, tally in zip(group.slots, tallies, strict=True))  # fmt: skip
-
-
-def _say(documents: Iterable[dict[str, object]]) -> None:
-    click.echo("\n".join(map(json.dumps, documents)))

@@ -37,6 +37,8 @@ def bind(sock: socket.socket, address: Address, port: int) -> None:
     """
     if sock.type == socket.SOCK_STREAM and port == 0:
         sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+    elif sock.type == socket.SOCK_STREAM:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended rest for a minute
     if address.version == 6 and is_local(address):
         sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
     try:

@@ -8,14 +8,15 @@ import selectors
 import socket
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from errno import ECONNREFUSED, ECONNRESET, EINPROGRESS, EPIPE, ETIMEDOUT
+from errno import EADDRNOTAVAIL, ECONNREFUSED, ECONNRESET, EINPROGRESS, EPIPE, ETIMEDOUT
+from ipaddress import ip_address
 from typing import Literal, NamedTuple
 
 from fastrecv.companions import fastopen
 from fastrecv.companions.answers import LONGEST, Endpoint, Server, endpoint
 from fastrecv.companions.binding import Address, allow_descriptors, bind, opened
 
-__all__ = ["LONGEST_PAYLOAD", "MOST", "Outcome", "Way", "ask", "check_sources"]
+__all__ = ["LONGEST_PAYLOAD", "MOST", "Outcome", "Plan", "Way", "ask", "check_sources"]
 
 MOST = 1000
 LONGEST_PAYLOAD = 1400
@@ -24,7 +25,8 @@ LONGEST_PAYLOAD = 1400
 Way = Literal["tcp", "udp", "fast-open"]
 
 _MSG_FASTOPEN = 0x20000000  # include/linux/socket.h
-_WORDS = {ECONNREFUSED: "refused", ECONNRESET: "reset", EPIPE: "reset", ETIMEDOUT: "timed out"}
+_WORDS = {ECONNREFUSED: "refused", ECONNRESET: "reset", EPIPE: "reset", ETIMEDOUT: "timed out",
+          EADDRNOTAVAIL: "no port is free, or that one still rests (TIME_WAIT, a minute)"}  # fmt: skip
 
 
 class Outcome(NamedTuple):
@@ -48,12 +50,32 @@ class Outcome(NamedTuple):
     failure: str | None
 
 
+class Plan(NamedTuple):
+    """What is asked, by how many. Payloads and sources go round: client 3 of two payloads sends the second.
+
+    sources : where they come from, none leaves it to the routes. first_port : of client 0, the next have those above;
+    0 leaves it to the kernel. timeout : seconds that each may take.
+    """
+
+    way: Way
+    destination: tuple[Address, int]
+    clients: int = 1
+    payloads: Sequence[bytes] = (b"who?",)
+    sources: Sequence[Address] = ()
+    first_port: int = 0
+    timeout: float = 5.0
+
+    def payload(self, client: int) -> bytes:
+        return self.payloads[client % len(self.payloads)]
+
+
 class _Client:
     """One client. `wants` is what its socket is to be watched for, 0 when all is over. Times: time.monotonic."""
 
-    def __init__(self, number: int, sock: socket.socket, way: Way, destination: tuple[Address, int], payload: bytes):
-        self.sock, self._number, self._way, self._payload = sock, number, way, payload
-        self._to = str(destination[0]), destination[1]
+    def __init__(self, number: int, sock: socket.socket, plan: Plan) -> None:
+        self.sock, self._number, self._way = sock, number, plan.way
+        self._payload = plan.payload(number)
+        self._to = str(plan.destination[0]), plan.destination[1]
         self._sent = 0
         self._answer = b""
         self._connected: float | None = None
@@ -63,9 +85,9 @@ class _Client:
         self.started = time.monotonic()
         self.wants = selectors.EVENT_WRITE
         with self._failing():
-            if way == "fast-open":
+            if plan.way == "fast-open":
                 with contextlib.suppress(BlockingIOError):  # no cookie yet: it is asked for, and the data follows
-                    self._sent = sock.sendto(payload, _MSG_FASTOPEN, self._to)
+                    self._sent = sock.sendto(self._payload, _MSG_FASTOPEN, self._to)
                     self._asked = time.monotonic()
             else:
                 code = sock.connect_ex(self._to)
@@ -137,55 +159,50 @@ class _Client:
         )  # fmt: skip
 
 
-def check_sources(sources: Sequence[Address]) -> None:
+def check_sources(sources: Iterable[Address]) -> None:
     """OSError where one of them is not an address of this host."""
     for address in sources:
         with opened(socket.SOCK_DGRAM, address.version) as sock:
             bind(sock, address, 0)
 
 
-def ask(
-    way: Way, destination: tuple[Address, int], number: int, payload: bytes, *, sources: Sequence[Address] = (),
-    timeout: float = 5.0,
-) -> Generator[Outcome | None]:  # fmt: skip
-    """`number` clients at once, from `sources` in turn; their outcomes as they come.
+def ask(plan: Plan) -> Generator[Outcome | None]:
+    """The outcomes as they come; None for every second without news.
 
-    While there is none it gives None, once a second at least.
-
-    timeout : seconds that each may take. OSError where a source is not of this host, or the sysctl forbids Fast Open.
+    OSError where a source is not of this host or a port not free, or where the sysctl forbids Fast Open.
     """
-    allow_descriptors(number)
-    if way == "fast-open":
+    allow_descriptors(plan.clients)
+    if plan.way == "fast-open":
         fastopen.check("client")
-    check_sources(sources[:number])
+    check_sources(plan.sources[: plan.clients])
     waiting: dict[_Client, None] = {}  # who began first comes first
     begun = 0
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
-        while begun < number or waiting:
+        while begun < plan.clients or waiting:
             ended = []
-            if begun < number:  # one after the other, so that opening the next is no part of the times of these
-                sock = stack.enter_context(_from(way, destination, sources[begun % len(sources)] if sources else None))
-                made = _Client(begun, sock, way, destination, payload)
-                selector.register(sock, made.wants or selectors.EVENT_READ, made)
+            if begun < plan.clients:  # one by one, so that opening the next is no part of the times of these
+                made = _Client(begun, stack.enter_context(_bound(plan, begun)), plan)
+                begun += 1
+                selector.register(made.sock, made.wants or selectors.EVENT_READ, made)
                 waiting[made] = None
                 if not made.wants:
                     ended.append(made)
-                begun += 1
-            due = next(iter(waiting)).started + timeout - time.monotonic()
-            for key, _ in selector.select(0 if ended or begun < number else max(0.0, min(1.0, due))):
+            due = next(iter(waiting)).started + plan.timeout - time.monotonic()
+            ready = selector.select(0 if ended or begun < plan.clients else max(0.0, min(1.0, due)))
+            for key, _ in ready:
                 if key.data.wants:
                     key.data.go_on()
                     if key.data.wants:
                         selector.modify(key.fileobj, key.data.wants, key.data)
                     else:
                         ended.append(key.data)
-            ended += _late(waiting, timeout)
+            ended += _late(waiting, plan.timeout)
             for over in ended:
                 selector.unregister(over.sock)
                 del waiting[over]
                 yield over.outcome()
                 over.sock.close()
-            if not ended and begun == number:
+            if not ready and not ended and begun == plan.clients:
                 yield None
 
 
@@ -202,11 +219,15 @@ def _late(waiting: Iterable[_Client], timeout: float) -> list[_Client]:
     return late
 
 
-def _from(way: Way, destination: tuple[Address, int], source: Address | None) -> socket.socket:
-    sock = opened(socket.SOCK_DGRAM if way == "udp" else socket.SOCK_STREAM, destination[0].version)
+def _bound(plan: Plan, number: int) -> socket.socket:
+    """The socket of one client, bound where the plan says to what."""
+    version = plan.destination[0].version
+    sock = opened(socket.SOCK_DGRAM if plan.way == "udp" else socket.SOCK_STREAM, version)
     try:
-        if source is not None:
-            bind(sock, source, 0)
+        if plan.sources or plan.first_port:
+            anywhere = ip_address("::" if version == 6 else "0.0.0.0")  # noqa: S104 - the route chooses the address
+            source = plan.sources[number % len(plan.sources)] if plan.sources else anywhere
+            bind(sock, source, plan.first_port + number if plan.first_port else 0)
     except BaseException:
         sock.close()
         raise
