@@ -10,10 +10,11 @@ from __future__ import annotations
 import resource
 import socket
 import struct
+from collections.abc import Iterable
 from errno import EACCES, EADDRINUSE, EADDRNOTAVAIL, EMFILE
 from ipaddress import IPv4Address, IPv6Address
 
-__all__ = ["Address", "allow_descriptors", "bind", "is_local", "opened"]
+__all__ = ["Address", "allow_descriptors", "bind", "check_local", "is_local", "opened"]
 
 Address = IPv4Address | IPv6Address
 
@@ -46,12 +47,23 @@ def bind(sock: socket.socket, address: Address, port: int) -> None:
     except OSError as error:
         cures = {
             EADDRINUSE: "it is in use by a program that does not share it (SO_REUSEPORT), or by another user's",
-            EADDRNOTAVAIL: f"{address} is not an address of this host: ip addr add {address} dev lo",
+            EADDRNOTAVAIL: _strange(address),
             EACCES: "ports below net.ipv4.ip_unprivileged_port_start take CAP_NET_BIND_SERVICE",
         }
         where = f"{address} port {port}" if port else str(address)
         why = cures.get(error.errno or 0, error.strerror)
         raise OSError(error.errno, f"cannot bind to {where}: {why}") from error
+
+
+def check_local(addresses: Iterable[Address]) -> None:
+    """OSError where one is not of this host. bind alone does not tell where net.ipv4.ip_nonlocal_bind is set."""
+    for address in addresses:
+        if not is_local(address):
+            raise OSError(EADDRNOTAVAIL, _strange(address))
+
+
+def _strange(address: Address) -> str:
+    return f"{address} is not an address of this host: ip addr add {address} dev lo"
 
 
 def is_local(address: Address) -> bool:

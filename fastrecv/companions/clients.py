@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 
 from fastrecv.companions import fastopen
 from fastrecv.companions.answers import LONGEST, Endpoint, Server, endpoint
-from fastrecv.companions.binding import Address, allow_descriptors, bind, opened
+from fastrecv.companions.binding import Address, allow_descriptors, bind, check_local, opened
 
-__all__ = ["LONGEST_PAYLOAD", "MOST", "Outcome", "Plan", "Way", "ask", "check_sources"]
+__all__ = ["LONGEST_PAYLOAD", "MOST", "Outcome", "Plan", "Way", "ask"]
 
 MOST = 1000
 LONGEST_PAYLOAD = 1400
@@ -159,13 +159,6 @@ class _Client:
         )  # fmt: skip
 
 
-def check_sources(sources: Iterable[Address]) -> None:
-    """OSError where one of them is not an address of this host."""
-    for address in sources:
-        with opened(socket.SOCK_DGRAM, address.version) as sock:
-            bind(sock, address, 0)
-
-
 def ask(plan: Plan) -> Generator[Outcome | None]:
     """The outcomes as they come; None for every second without news.
 
@@ -174,7 +167,7 @@ def ask(plan: Plan) -> Generator[Outcome | None]:
     allow_descriptors(plan.clients)
     if plan.way == "fast-open":
         fastopen.check("client")
-    check_sources(plan.sources[: plan.clients])
+    check_local(plan.sources[: plan.clients])
     waiting: dict[_Client, None] = {}  # who began first comes first
     begun = 0
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
