@@ -122,7 +122,10 @@ class Connections:
         """One read, so that a fast sender does not keep the others waiting; the first byte, or the end, is answered."""
         try:
             length = found.sock.recv_into(self._buffer)
+            found.last = time.monotonic()
+            found.bytes += length
             if found.first is None:
+                found.first = found.last if length else None
                 found.in_syn = fastopen.in_syn(found.sock)
                 found.sock.send(Server(found.slot, os.getpid()).answer())
         except BlockingIOError:
@@ -131,9 +134,6 @@ class Connections:
             return [self._end(found, "reset" if isinstance(error, ConnectionError) else str(error.strerror))]
         if length == 0:
             return [self._end(found, "closed")]
-        found.last = time.monotonic()
-        found.first = found.last if found.first is None else found.first
-        found.bytes += length
         fd = found.sock.fileno()
         self._open[fd] = self._open.pop(fd)  # to the end
         return []
@@ -160,7 +160,9 @@ class Connections:
         return events
 
     def finish(self) -> list[Event]:
-        return [self._end(found, "still open") for found in list(self._open.values())]
+        """Who has closed by now has closed: the last bytes, and the end behind them, may not have been read yet."""
+        events = [event for _ in range(2) for found in list(self._open.values()) for event in self._read(found)]
+        return events + [self._end(found, "still open") for found in list(self._open.values())]
 
     def lost(self, slot: int) -> int:
         return drops(self._listeners[slot])  # of a listener: connections that its queue had no room for
