@@ -226,7 +226,9 @@ def test_sockets_that_cannot_be_members_are_refused_with_the_cure(stage: Stage, 
 def test_attaching_too_early_is_refused_with_the_reason(root: Path, stage: Stage, kind: int) -> None:
     with Modulo(root) as shared, socket.socket(socket.AF_INET, kind) as unbound:
         unbound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        with pytest.raises(SocketRefusedError, match=r"is in no group yet, it is from bind\(\) on, TCP from listen\(\).*EADDRINUSE"):
+        with pytest.raises(
+            SocketRefusedError, match=r"is in no group yet, it is from bind\(\) on, TCP from listen\(\).*EADDRINUSE"
+        ):
             shared.attach(unbound)
         with pytest.raises(SocketRefusedError, match=r"register it after (bind|listen)\(\)"):
             shared.register(0, unbound)
