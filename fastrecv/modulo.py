@@ -133,16 +133,20 @@ class Modulo:
                 raise
             raise SocketRefusedError(f"{described(sock)} is in no group: set SO_REUSEPORT before bind()") from None
 
-    def register(self, index: int, sock: socket.socket, *, take_over: bool = False) -> None:
+    def register(self, index: int, sock: socket.socket, *, take_over: bool = False, early: bool = False) -> None:
         """Give a slot to a member of the group; nothing where it has it. Replacing another, with take_over, is atomic.
+
+        early : a slot from `size` on, too, which gets senders when resize() comes to it.
 
         SocketRefusedError where the socket cannot have it; StateError where another has it, or where size or nonce are
         no longer what this instance was made with.
         """
         check(sock)
         self._agree()
-        if not 0 <= index < self.size:
-            raise ValueError(f"slot {index}: size is {self.size}, so give 0 to {self.size - 1}")
+        if not 0 <= index < (SLOTS if early else self.size):
+            raise ValueError(
+                f"slot {index}: size is {self.size}: give 0 to {self.size - 1}, or with early to {SLOTS - 1}"
+            )
         protocol = _protocol(sock)
         if self.members(protocol).get(index) == cookie_of(sock):
             return
@@ -179,8 +183,8 @@ class Modulo:
     def resize(self, size: int) -> float:
         """Divide the senders by `size` slots from now on; gives the share of them that changes its slot (see `moved`).
 
-        The new slots should have their sockets before, and those beyond the new size get no more senders. Peers read
-        the size when they start: those that are told another one by their configuration then refuse to.
+        To lose nobody, register the members of new slots before (early); those beyond the new size get no more senders.
+        Peers read the size when they start: those that are told another one by their configuration then refuse to.
         """
         if not 1 <= size <= SLOTS:
             raise ValueError(f"size {size}: give 1 to {SLOTS}")

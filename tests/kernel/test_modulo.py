@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from ipaddress import IPv6Address, ip_address
 from itertools import count
@@ -21,12 +22,13 @@ import pytest
 from pyroute2 import IPRoute
 
 from fastrecv import modulo
-from fastrecv.bpf import Map, Object, Statistics, compiled
+from fastrecv.bpf import Map, Object, Statistics, compiled, packaged
 from fastrecv.errors import SocketRefusedError, StateError
+from fastrecv.jhash import jhash
 from fastrecv.listeners import cookie_of
 from fastrecv.modulo import Modulo, moved, write_object
 from tests.kernel.privileges import CAP_BPF, only
-from tests.kernel.senders import came_to, random_senders, refused
+from tests.kernel.senders import came_to, random_senders, refused, send, take
 from tests.kernel.steering import PORT, SO_ATTACH_REUSEPORT_EBPF, TCP, UDP, Stage, kinds
 
 NAMES = ["nonce", "size", "tcp_balancing_targets", "udp_balancing_targets"]
@@ -134,11 +136,12 @@ def test_after_a_resize_senders_come_by_the_new_size_and_as_many_move_as_was_sai
         members = serve(stage, UDP, "127.0.0.1", 5)
         join(shared, {slot: members[slot] for slot in range(4)})
         before = came_to(UDP, members, senders, ("127.0.0.1", PORT))
-        with pytest.raises(ValueError, match="slot 4: size is 4, so give 0 to 3"):
+        assert before == {sender: shared.index(sender) for sender in senders}
+        with pytest.raises(ValueError, match="slot 4: size is 4: give 0 to 3, or with early to 127"):
             shared.register(4, members[4])
+        shared.register(4, members[4], early=True)
         share = shared.resize(5)
         assert share == moved(4, 5)
-        shared.register(4, members[4])
         after = came_to(UDP, members, senders, ("127.0.0.1", PORT))
         assert after == {sender: shared.index(sender) for sender in senders}
         changed = sum(before[sender] != after[sender] for sender in senders) / len(senders)
@@ -214,8 +217,10 @@ def test_sockets_that_cannot_be_members_are_refused_with_the_cure(stage: Stage, 
                 shared.register(0, sock)
         (member,) = serve(stage, UDP, "127.0.0.1", 1).values()
         for index in (-1, 2):
-            with pytest.raises(ValueError, match=f"slot {index}: size is 2, so give 0 to 1"):
+            with pytest.raises(ValueError, match=f"slot {index}: size is 2: give 0 to 1"):
                 shared.register(index, member)
+        with pytest.raises(ValueError, match="slot 128: size is 2: give 0 to 1, or with early to 127"):
+            shared.register(128, member, early=True)
         with pytest.raises(ValueError, match="slot 128: give 0 to 127"):
             shared.unregister(128, "udp")
         with pytest.raises(ValueError, match="protocol 'sctp': give tcp or udp"):
@@ -444,3 +449,23 @@ def test_maps_of_which_some_are_missing_are_completed(root: Path) -> None:
         assert again.size == 6
         assert again.nonce not in (0, 5)
         assert sorted(entry.name for entry in root.iterdir()) == NAMES
+
+
+def test_first_packets_on_several_processors_go_by_one_nonce(stage: Stage) -> None:
+    """The original's are a race: each processor sets its own, and the first packets go by what is soon forgotten."""
+    members = serve(stage, UDP, "127.0.0.1", 128)
+    rounds = random_senders("127.0.0.0/8", 20 * 40)
+    with ThreadPoolExecutor(4) as pool:
+        for start in range(0, len(rounds), 40):
+            senders = rounds[start : start + 40]
+            with packaged("modulo") as alone:
+                alone.load()
+                alone.maps["udp_balancing_targets"].update([*members], [each.fileno() for each in members.values()])
+                members[0].setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_EBPF, alone.programs["_selector"].fileno())
+                parts = [senders[part::4] for part in range(4)]
+                [*pool.map(lambda part: [*send(UDP, part, ("127.0.0.1", PORT))], parts)]
+                found = take(UDP, members, len(senders))
+                nonce = int(alone.maps["nonce"][0])
+                assert nonce
+                assert found == {sender: jhash([int(sender), 0, 0], nonce) % 128 for sender in senders}
+                alone.maps["udp_balancing_targets"].delete([*members])
