@@ -144,8 +144,8 @@ class Modulo:
     def resize(self, size: int) -> float:
         """Divide the senders by `size` slots from now on; gives the share of them that changes its slot (see `moved`).
 
-        The new slots should have their sockets before, and those beyond the new size get no more senders. Peers read
-        the size when they start: those that are told another one by their configuration then refuse to.
+        To lose nobody, register the members of new slots before; those beyond the new size get no more senders.
+        Peers read the size when they start: those that are told another one by their configuration then refuse to.
         """
         if not 1 <= size <= SLOTS:
             raise ValueError(f"size {size}: give 1 to {SLOTS}")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fastrecv.balance import Balancer
+from fastrecv.balance_explain import explain
 from fastrecv.cli.main import run
 from fastrecv.listeners import cookie_of, of_process
 from fastrecv.netns import Namespace
@@ -54,7 +55,7 @@ def balanced(balancer: Balancer, listener: Listening, protocol: str, address: IP
         balancer.attach(members[0])
         for member in members:
             balancer.register(slots[cookie_of(member)], member)
-    balancer.balance(dict.fromkeys(slots.values(), 1))
+    balancer.weigh(dict.fromkeys(slots.values(), 1))
 
 
 @families
@@ -74,7 +75,7 @@ def test_the_table_is_the_policys(
         balanced(balancer, listener, protocol, ip_address(net.format(1).strip("[]")))
         clients = connected(capsys, protocol, where, *words)
         listener.end()
-        expected = [balancer.slot(sender(client, payloads[client["client"]])) for client in clients]
+        expected = [explain(balancer, sender(client, payloads[client["client"]])).taker for client in clients]
     assert [client["server"]["slot"] for client in clients] == expected
     assert len(set(expected)) == 4
     assert len({client["source"]["host"] for client in clients}) == 50

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute
 
-from fastrecv.errors import StateError
+from fastrecv.errors import SocketRefusedError, StateError
 from fastrecv.listeners import cookie_of
 from fastrecv.modulo import Modulo, Protocol, write_object
 from tests.kernel.senders import Address, plain, random_senders, refused, send
