@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+import numpy as np
+
 from fastrecv import bpf, pins
 from fastrecv.errors import BpfError, SocketRefusedError, StateError
 from fastrecv.jhash import jhash
@@ -38,7 +40,6 @@ _SO_ACCEPTCONN, _SO_ATTACH_REUSEPORT_EBPF = 30, 52  # include/uapi/asm-generic/s
 _WORD = (1 << 32) - 1
 
 Protocol = Literal["tcp", "udp"]
-_PROTOCOLS: tuple[Protocol, ...] = ("tcp", "udp")
 
 
 class Modulo:
@@ -201,7 +202,12 @@ class Modulo:
         Who starts later would make maps of his own, and those of the group that have none would lose their senders.
         """
         with _locked(self.root, create=False):
-            held = [f"{protocol} {slot}" for protocol in _PROTOCOLS for slot in self.members(protocol)]
+            self._check_layouts()
+            held = []
+            for protocol, name in _TARGETS.items():
+                if (self.root / name).exists():  # which others may have made since these were unpinned
+                    with bpf.Map.open(self.root / name, np.uint32, np.uint64) as there:
+                        held += [f"{protocol} {slot}" for slot in there.items()[0]]
             if held:
                 raise StateError(f"{self.root} is in use, slots {', '.join(held)}: unregister or close their sockets")
             for name in _LAYOUT:
