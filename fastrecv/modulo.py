@@ -19,8 +19,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+<<<<<<< HEAD
 from fastrecv import bpf, pins, reuseport
 from fastrecv.errors import StateError
+=======
+import numpy as np
+
+from fastrecv import bpf, pins
+from fastrecv.errors import BpfError, SocketRefusedError, StateError
+>>>>>>> 5d6c08199a33f417be64e0a30cd20d4f4895f322
 from fastrecv.jhash import jhash
 from fastrecv.listeners import protocol_of
 
@@ -37,7 +44,6 @@ _LAYOUT = {  # type, bytes of a key and of a value, entries
 _WORD = (1 << 32) - 1
 
 Protocol = Literal["tcp", "udp"]
-_PROTOCOLS: tuple[Protocol, ...] = ("tcp", "udp")
 
 
 class Modulo:
@@ -162,7 +168,12 @@ class Modulo:
         Who starts later would make maps of his own, and those of the group that have none would lose their senders.
         """
         with _locked(self.root, create=False):
-            held = [f"{protocol} {slot}" for protocol in _PROTOCOLS for slot in self.members(protocol)]
+            self._check_layouts()
+            held = []
+            for protocol, name in _TARGETS.items():
+                if (self.root / name).exists():  # which others may have made since these were unpinned
+                    with bpf.Map.open(self.root / name, np.uint32, np.uint64) as there:
+                        held += [f"{protocol} {slot}" for slot in there.items()[0]]
             if held:
                 raise StateError(f"{self.root} is in use, slots {', '.join(held)}: unregister or close their sockets")
             for name in _LAYOUT:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import socket
 import threading
 import time
@@ -36,6 +37,7 @@ __all__ = ["METHODS", "SIZES", "Account", "Step", "command", "described", "measu
 
 SIZES = (4, 5, 3)
 _ADDRESS, _PORT = "127.0.0.1", 2055
+_PATIENCE = 2.0  # seconds
 _BUFFER = 64 << 20  # bytes: nothing is to be lost for want of room
 
 Method = Literal["buckets", "modulo"]
@@ -92,6 +94,7 @@ class _Member:
         grow_receive_buffer(self.sock, _BUFFER)
         self._rows: list[NDArray[np.void]] = []
         self._ending = threading.Event()
+        self._deadline = math.inf
         self._thread = threading.Thread(target=self._read, name=f"fastrecv-member-{slot}")
         self._thread.start()
 
@@ -101,11 +104,12 @@ class _Member:
                 batch = receiver.recv(0.02)
                 if len(batch):
                     self._rows.append(batch.records(NUMBERED).copy())
-                elif self._ending.is_set():
+                if self._ending.is_set() and (not len(batch) or time.monotonic() > self._deadline):
                     return
 
     def end(self) -> None:
-        """Read the queue to its end, and close."""
+        """Read the queue to its end, and close; where it has none, because senders still come, not for ever."""
+        self._deadline = time.monotonic() + _PATIENCE
         self._ending.set()
         self._thread.join()
         self.sock.close()

@@ -140,6 +140,11 @@ def test_a_root_is_destroyed_only_when_no_slot_is_taken(stage: Stage, root: Path
         assert not root.exists()
         with pytest.raises(StateError, match="does not exist"):
             shared.destroy()
+        with Modulo(root) as anew:
+            anew.register(3, members[0])
+            with pytest.raises(StateError, match="is in use, slots udp 3"):
+                shared.destroy()  # its own maps, which are nobody's any more, are empty
+            assert sorted(entry.name for entry in root.iterdir()) == NAMES
 
 
 def test_the_object_is_written_whole_and_over_nothing(tmp_path: Path, root: Path) -> None:
