@@ -19,15 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-<<<<<<< HEAD
-from fastrecv import bpf, pins, reuseport
-from fastrecv.errors import StateError
-=======
 import numpy as np
 
-from fastrecv import bpf, pins
-from fastrecv.errors import BpfError, SocketRefusedError, StateError
->>>>>>> 5d6c08199a33f417be64e0a30cd20d4f4895f322
+from fastrecv import bpf, pins, reuseport
+from fastrecv.errors import StateError
 from fastrecv.jhash import jhash
 from fastrecv.listeners import protocol_of
 

@@ -162,17 +162,17 @@ def test_sockets_that_cannot_be_members_are_refused_with_the_cure(stage: Stage, 
         for sock in (alone, late):
             with pytest.raises(
                 SocketRefusedError,
-                match="port 900. is in no group: .*set it before|port 900. is in no group: set SO_REUSEPORT",
+                match=r"port 900. is in no group: .*set (it|SO_REUSEPORT) before",
             ):
                 shared.attach(sock)
             with pytest.raises(
                 SocketRefusedError,
-                match="port 900. is in no group: .*set it before|port 900. is in no group: set SO_REUSEPORT",
+                match=r"port 900. is in no group: .*set (it|SO_REUSEPORT) before",
             ):
                 shared.register(0, sock)
         (member,) = serve(stage, UDP, "127.0.0.1", 1).values()
-        for index in (-1, 2):
-            with pytest.raises(ValueError, match=f"slot {index}: size is 2: give 0 to 1"):
+        for index in (-1, 128):
+            with pytest.raises(ValueError, match=f"slot {index}: give 0 to 127"):
                 shared.register(index, member)
         with pytest.raises(ValueError, match="slot 128: give 0 to 127"):
             shared.register(128, member)
