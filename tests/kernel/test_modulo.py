@@ -191,7 +191,7 @@ def test_attaching_too_early_is_refused_with_the_reason(root: Path, stage: Stage
             SocketRefusedError, match=r"is in no group yet, it is from bind\(\) on, TCP from listen\(\).*EADDRINUSE"
         ):
             shared.attach(unbound)
-        with pytest.raises(SocketRefusedError, match=r"register it after (bind|listen)\(\)"):
+        with pytest.raises(SocketRefusedError, match="is in no group yet"):
             shared.register(0, unbound)
         unbound.bind(("127.0.0.1", PORT))
         if kind == TCP:
