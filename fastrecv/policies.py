@@ -113,8 +113,8 @@ class Policy:
         key = match["key"] if match else text
         if match is None or (key not in KEYS and key not in ANCILLARY) or (match["offset"] and key != "payload"):
             raise ValueError(
-                f"policy {text!r}: give source[/BITS4[/BITS6]], source+port, flow, destination, payload[OFFSET:LENGTH], "
-                f"quic[LENGTH], cpu, random; in classic BPF also {', '.join(ANCILLARY)}"
+                f"policy {text!r}: give source[/BITS4[/BITS6]], source+port, flow, destination, "
+                f"payload[OFFSET:LENGTH], quic[LENGTH], cpu, random; in classic BPF also {', '.join(ANCILLARY)}"
             )
         return cls(
             key,  # type: ignore[arg-type] # looked at above
