@@ -7,6 +7,7 @@ It differs from fastrecv.balance (each seen on Linux 6.18, tests/kernel/test_cla
 
 - Members are numbers in the order in which they joined the group (UDP by bind, TCP by listen). When one leaves, the
   last takes its number: let groups shrink from the highest number on, and attach a Filter of the new size.
+- The hash is another, of 32 bits, so a sender's number here is not his slot there.
 - By modulo only: a change of size moves nearly all senders. There are no weights, no slots, and no drains.
 - A number that no member has goes by the kernel's hash, so nobody is refused and nobody told. Nothing is counted.
 - A load that fails gives 0. So lengths are looked at first: a packet that is too short for its key goes by its source.

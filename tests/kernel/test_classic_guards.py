@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 from collections.abc import Sequence
-from errno import EADDRINUSE
+from errno import EADDRINUSE, EPERM
 from pathlib import Path
 
 import pytest
 
+from fastrecv.balance import Balancer
 from fastrecv.classic import Filter, Instruction, detach
 from fastrecv.classic.instructions import RETURN, ld
-from fastrecv.errors import SocketRefusedError
+from fastrecv.errors import BpfError, SocketRefusedError
 from fastrecv.policies import Policy, Sender
-from tests.kernel.groups import attach, families, senders, serve, served_by_nobody, taker
+from tests.kernel.groups import NOBODY, attach, families, senders, serve, served_by_nobody, taker
+from tests.kernel.privileges import as_user
 from tests.kernel.steering import PORT, TCP, UDP, Stage, kinds
 
 SO_LOCK_FILTER, RET = 44, 0x06  # include/uapi/asm-generic/socket.h, linux/bpf_common.h
@@ -56,6 +59,28 @@ def test_a_number_that_no_member_has_goes_by_the_kernels_hash(stage: Stage, kind
     assert {0, 1, 2} < set(named)
     found = everybody(stage, kind, asked)
     assert found == [wanted if wanted in (0, 1, 2) else other for wanted, other in zip(named, by_hash, strict=True)]
+
+
+@kinds
+def test_members_are_numbered_as_they_bind_or_for_tcp_listen(stage: Stage, kind: int) -> None:
+    for name in ("first", "second"):
+        stage.servers[name] = stage.bind(kind, "198.51.100.1", PORT, reuseport=True)
+    if kind == TCP:
+        stage.servers["second"].listen()
+        stage.servers["first"].listen()
+    attach(stage.servers["first"], ALWAYS_1)
+    assert {stage.ask(kind, "198.51.100.1") for _ in range(20)} == {"first" if kind == TCP else "second"}
+
+
+@families
+def test_the_ack_of_a_syn_cookie_comes_to_the_same_member(stage: Stage, family: str) -> None:
+    Path("/proc/sys/net/ipv4/tcp_syncookies").write_text("2\n")  # always
+    made = served_by_nobody(stage, TCP, family, Policy("flow"), 5)
+    asked = senders(family, 100)
+    assert everybody(stage, TCP, asked) == [made.index(sender) for sender in asked]
+    netstat = Path("/proc/thread-self/net/netstat").read_text().splitlines()
+    counts = dict(zip(netstat[0].split(), netstat[1].split(), strict=True))
+    assert counts["SyncookiesSent"] == counts["SyncookiesRecv"] == "100"
 
 
 def test_when_a_member_leaves_the_last_takes_its_number(stage: Stage) -> None:
@@ -103,6 +128,21 @@ def test_classic_and_ebpf_replace_each_other_without_a_word(stage: Stage, kind: 
     assert {stage.ask(kind, "198.51.100.1") for _ in range(10)} == {"a"}
 
 
+def test_an_ordinary_user_may_attach_a_filter_and_not_load_the_balancers_program(stage: Stage) -> None:
+    def load() -> int:
+        try:
+            Balancer(Policy()).close()
+        except BpfError as error:
+            return error.errno or 0
+        return 0
+
+    _, status = os.waitpid(as_user(NOBODY, NOBODY, load), 0)
+    assert os.waitstatus_to_exitcode(status) == EPERM
+    made = served_by_nobody(stage, UDP, "ipv4", Policy(), 3)
+    asked = senders("ipv4", 20)
+    assert everybody(stage, UDP, asked) == [made.index(sender) for sender in asked]
+
+
 @kinds
 def test_any_member_detaches_and_the_kernels_hash_decides_again(stage: Stage, kind: int) -> None:
     members = serve(stage, kind, "ipv4", 3)
@@ -125,7 +165,7 @@ def test_what_cannot_have_a_program_is_refused_with_the_cure(stage: Stage) -> No
     for sock, reason in (
         (alone, r"udp 198\.51\.100\.2 port 9000 is in no group: set SO_REUSEPORT before bind"),
         (connected, "is in no group: .* leave UDP unconnected"),
-        (locked, r"has its filters locked \(SO_LOCK_FILTER\): use another member"),
+        (locked, r"has its filters locked \(SO_LOCK_FILTER\): who did that keeps"),
     ):
         with pytest.raises(SocketRefusedError, match=reason):
             made.attach(sock)
