@@ -21,9 +21,9 @@ import numpy as np
 
 from fastrecv import bpf
 from fastrecv.errors import BpfError, SocketRefusedError, StateError
-from fastrecv.listeners import cookie_of, described
 from fastrecv.netns import Namespace
 from fastrecv.netns import cookie_of as namespace_of
+from fastrecv.steerable import cookie_of, described
 
 __all__ = ["CLASSIC", "STATES", "Groups", "Member", "Owner", "members", "owners", "program_of"]
 

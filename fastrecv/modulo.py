@@ -24,7 +24,7 @@ import numpy as np
 from fastrecv import bpf, pins, reuseport
 from fastrecv.errors import StateError
 from fastrecv.jhash import jhash
-from fastrecv.listeners import protocol_of
+from fastrecv.steerable import check_member, protocol_of
 
 __all__ = ["SLOTS", "Modulo", "moved", "write_object"]
 
@@ -128,7 +128,7 @@ class Modulo:
         another has it; StateError where size or nonce are no longer what this instance was made with.
         """
         _check_slot(index)
-        reuseport.check_member(sock)
+        check_member(sock)
         self._agree()
         reuseport.put(self._targets(_protocol(sock)), index, sock, take_over)
 

@@ -1,54 +1,60 @@
-"""Reuseport groups: what can be a member, the program that a group has, and the slots that its members have."""
+"""Reuseport groups: the program that a group has, and the slots of a REUSEPORT_SOCKARRAY that its members have."""
 
 from __future__ import annotations
 
 import socket
-from errno import EBUSY, EEXIST, EINVAL, ENOENT
+from errno import EBUSY, EEXIST, EINVAL, ENOENT, EPERM
+from typing import TYPE_CHECKING
 
-from fastrecv.bpf import Map, Program
-from fastrecv.errors import BpfError, SocketRefusedError, StateError
-from fastrecv.listeners import check_kind, check_steerable, cookie_of, described
+from fastrecv.errors import BpfError, SocketRefusedError
+from fastrecv.steerable import check_member, cookie_of, described, no_group
 
-__all__ = ["attach", "check_member", "detach", "in_slots", "put"]
+if TYPE_CHECKING:  # so that classic BPF needs no libbpf
+    from fastrecv.bpf import Map, Program
 
-_SO_ACCEPTCONN, _SO_ATTACH_REUSEPORT_EBPF, _SO_DETACH_REUSEPORT_BPF = 30, 52, 68  # include/uapi/asm-generic/socket.h
+__all__ = ["attach", "detach", "in_slots", "put", "set_program"]
+
+_SO_ATTACH_REUSEPORT_EBPF, _SO_DETACH_REUSEPORT_BPF = 52, 68  # include/uapi/asm-generic/socket.h
 _BPF_ANY, _BPF_NOEXIST = 0, 1  # include/uapi/linux/bpf.h
 
 
-def check_member(sock: socket.socket) -> None:
-    """SocketRefusedError for what is no member of a group that packets can be steered to."""
-    check_kind(sock)
-    listens = sock.type != socket.SOCK_STREAM or sock.getsockopt(socket.SOL_SOCKET, _SO_ACCEPTCONN)
-    if not (listens and sock.getsockname()[1]):
-        raise SocketRefusedError(
-            f"{described(sock)} is in no group yet, it is from bind() on, TCP from listen(). A program that is "
-            "attached before makes the next member's bind() fail with EADDRINUSE"
-        )
-    check_steerable(sock)
-    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
-        raise _no_group(sock)
-
-
 def attach(sock: socket.socket, program: Program) -> None:
-    """Attach a program to the group of a member, in the place of any other; no privilege. SocketRefusedError."""
+    """Attach an eBPF program to the group of a member, in the place of any other; no privilege. SocketRefusedError."""
+    set_program(sock, _SO_ATTACH_REUSEPORT_EBPF, program.fileno())
+
+
+def set_program(sock: socket.socket, option: int, value: int | bytes) -> None:
+    """Attach what the option, SO_ATTACH_REUSEPORT_EBPF or _CBPF, takes as `value`. SocketRefusedError."""
     check_member(sock)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_EBPF, program.fileno())
+        sock.setsockopt(socket.SOL_SOCKET, option, value)
     except OSError as error:
-        if error.errno != EINVAL:
-            raise
-        raise _no_group(sock) from None
+        raise _refused(sock, error) from None
 
 
-def detach(sock: socket.socket) -> None:
-    """Detach whatever program the group of a member has: the kernel's hash decides then. StateError without one."""
+def detach(sock: socket.socket) -> bool:
+    """Take the program, classic or eBPF, from the group of a member: the kernel's hash decides again. Linux 5.3.
+
+    Gives whether there was one. SocketRefusedError where the socket is in no group.
+    """
     check_member(sock)
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_REUSEPORT_BPF, 0)
     except OSError as error:
-        if error.errno not in (EINVAL, ENOENT):
-            raise
-        raise StateError(f"the group of {described(sock)} has no program") from None
+        if error.errno == ENOENT:
+            return False
+        raise _refused(sock, error) from None
+    return True
+
+
+def _refused(sock: socket.socket, error: OSError) -> OSError:
+    if error.errno == EINVAL:
+        return no_group(sock)
+    if error.errno == EPERM:
+        return SocketRefusedError(
+            f"{described(sock)} has its filters locked (SO_LOCK_FILTER): who did that keeps the program as it is"
+        )
+    return error
 
 
 def in_slots(slots: Map) -> dict[int, int]:
@@ -78,18 +84,10 @@ def put(slots: Map, slot: int, sock: socket.socket, take_over: bool) -> None:
             said = f"socket sk:{there:x}" if there is not None else "a socket that has just gone"
             raise SocketRefusedError(f"slot {slot} has {said}: unregister that, or take it over") from None
         if error.errno == EINVAL:
-            raise _no_group(sock) from None
+            raise no_group(sock) from None
         if error.errno == EBUSY:
             raise SocketRefusedError(
                 f"{described(sock)} has a slot of another balancer, or is a dispatcher's: a socket is in one place "
                 "only. For a dispatcher register one more member of the group, which has no slot"
             ) from None
         raise
-
-
-def _no_group(sock: socket.socket) -> SocketRefusedError:
-    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
-        return SocketRefusedError(
-            f"{described(sock)} is in no group: its SO_REUSEPORT was set after bind(), set it before"
-        )
-    return SocketRefusedError(f"{described(sock)} is in no group: set SO_REUSEPORT before bind()")

@@ -13,8 +13,8 @@ from fastrecv.companions import fastopen
 from fastrecv.companions.answers import Endpoint, Server, endpoint
 from fastrecv.companions.binding import Address, allow_descriptors, bind, opened
 from fastrecv.companions.listening import Connection, Event, Slot
-from fastrecv.listeners import cookie_of
 from fastrecv.sockets import drops
+from fastrecv.steerable import cookie_of
 
 __all__ = ["IDLE", "MOST_OPEN", "Connections"]
 

@@ -12,8 +12,8 @@ from functools import partial
 from fastrecv.companions.answers import LONGEST, Server, endpoint
 from fastrecv.companions.binding import Address, allow_descriptors, bind, opened
 from fastrecv.companions.listening import Datagram, Event, Slot
-from fastrecv.listeners import cookie_of
 from fastrecv.receiver import Receiver
+from fastrecv.steerable import cookie_of
 
 __all__ = ["Datagrams"]
 

@@ -14,9 +14,10 @@ import pytest
 from fastrecv.balance import Balancer
 from fastrecv.balance_explain import explain
 from fastrecv.cli.main import run
-from fastrecv.listeners import cookie_of, of_process
+from fastrecv.listeners import of_process
 from fastrecv.netns import Namespace
 from fastrecv.policies import Policy, Sender
+from fastrecv.steerable import cookie_of
 from tests.kernel.commands import Command, one_line
 from tests.kernel.steering import PORT, Stage
 from tests.listeners import Listening, listening

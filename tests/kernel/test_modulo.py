@@ -17,8 +17,8 @@ from pyroute2 import IPRoute
 from fastrecv.bpf import Object, Statistics, compiled, packaged
 from fastrecv.errors import SocketRefusedError, StateError
 from fastrecv.jhash import jhash
-from fastrecv.listeners import cookie_of
 from fastrecv.modulo import Modulo, moved
+from fastrecv.steerable import cookie_of
 from tests.kernel.senders import Address, came_to, join, random_senders, refused, serve, take
 from tests.kernel.steering import PORT, SO_ATTACH_REUSEPORT_EBPF, TCP, UDP, Stage, kinds
 

@@ -16,8 +16,8 @@ import pytest
 from pyroute2 import IPRoute
 
 from fastrecv.errors import SocketRefusedError, StateError
-from fastrecv.listeners import cookie_of
 from fastrecv.modulo import Modulo, Protocol, write_object
+from fastrecv.steerable import cookie_of
 from tests.kernel.senders import Address, plain, random_senders, refused, send
 from tests.kernel.steering import PORT, TCP, UDP, Stage
 
