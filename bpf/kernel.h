@@ -97,6 +97,21 @@ struct udp_sock {
 	int forward_deficit;
 };
 
+struct net_device {
+	possible_net_t nd_net;
+};
+
+struct dst_entry {
+	struct net_device *dev;
+};
+
+struct sk_buff {
+	unsigned long _skb_refdst;
+	__u16 transport_header;
+	__u16 network_header;
+	unsigned char *head;
+};
+
 #pragma clang attribute pop
 
 /* An address as IPv6 has it: IPv4 as ::ffff:a.b.c.d. */
