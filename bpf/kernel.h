@@ -93,6 +93,10 @@ struct sock {
 	struct numa_drop_counters *sk_drop_counters; /* Linux 6.18 */
 };
 
+struct inet_sock {
+	__be16 inet_sport;
+};
+
 struct udp_sock {
 	int forward_deficit;
 };

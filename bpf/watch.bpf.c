@@ -109,7 +109,8 @@ static __always_inline void describe(struct event *event, struct sock *sk)
 	event->cookie = bpf_get_socket_cookie(sk);
 	local_address(event->source, sk);
 	peer_address(event->destination, sk);
-	event->source_port = bpf_htons(BPF_CORE_READ(sk, __sk_common.skc_num));
+	/* A TCP socket that has just been closed keeps its port only there. */
+	event->source_port = BPF_CORE_READ((struct inet_sock *)sk, inet_sport);
 	event->destination_port = BPF_CORE_READ(sk, __sk_common.skc_dport);
 }
 

@@ -29,6 +29,7 @@ __all__ = [
     "PREFIX",
     "PROCESS",
     "entered",
+    "netns_option",
     "place",
 ]
 
@@ -148,13 +149,17 @@ ENDPOINT: click.ParamType[tuple[Address, int]] = _Words("address:port", _endpoin
 PROCESS: click.ParamType[int] = _Words("process", _process)
 
 
+netns_option = click.option(
+    "--netns", type=_NamespacePath(), metavar="PATH",
+    help="Network namespace: /run/netns/NAME, /proc/PID/ns/net.  [default: this one]",
+)  # fmt: skip
+
+
 def place(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say which dispatcher is meant."""
-    netns = click.option("--netns", type=_NamespacePath(), metavar="PATH",
-                         help="Network namespace: /run/netns/NAME, /proc/PID/ns/net.  [default: this one]")  # fmt: skip
     bpffs = click.option("--bpffs", type=click.Path(path_type=Path), default=BPFFS, show_default=True, metavar="PATH",
                          help="Where a BPF file system is mounted.")  # fmt: skip
-    return netns(bpffs(command))
+    return netns_option(bpffs(command))
 
 
 @contextlib.contextmanager

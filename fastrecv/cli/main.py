@@ -18,6 +18,7 @@ from click.shell_completion import get_completion_class
 
 from fastrecv.cli.doctor import MISSING, doctor
 from fastrecv.cli.lookup import lookup
+from fastrecv.cli.watch import watch
 from fastrecv.errors import NotSupported
 from fastrecv.rules import RuleSetError
 
@@ -47,6 +48,7 @@ def completion(shell: str) -> None:
 
 fastrecv.add_command(lookup)
 fastrecv.add_command(doctor)
+fastrecv.add_command(watch)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
