@@ -44,7 +44,8 @@ class Watch:
 
     port : only what comes from this port or goes to it; 0 for all.
 
-    CAP_BPF and CAP_PERFMON, else PermissionError. Linux 5.17 (drop reasons); before 6.11 a drop names no socket.
+    CAP_BPF and CAP_PERFMON, else PermissionError. Linux 5.17 (drop reasons); before 6.11 a drop names no socket, and
+    that of a datagram for which the queue had no room is told as "overflow" alone.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -76,7 +77,7 @@ class Watch:
 
         "state" : a TCP socket, its own address as the source; pid and command where a process did it by a system call.
         "overflow" : a UDP socket whose queue had no room. "drop" : a packet, with one of REASONS; the lost datagram of
-        an "overflow" follows as one. A port is None where the socket has none yet, or no peer.
+        an "overflow" follows as one (Linux 6.11). A port is None where the socket has none yet, or no peer.
         """
         found = [self._document(row) for row in self._ring.read(self._dtype)]
         lost = int(self._object.get("lost"))
