@@ -8,7 +8,7 @@ import math
 import select
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 
 import click
@@ -16,9 +16,9 @@ import click
 from fastrecv.cli import output
 from fastrecv.cli.arguments import entered, netns_option
 from fastrecv.groups import Groups, owners
-from fastrecv.watching import CpuShares, Document, Watch, group_documents
+from fastrecv.watching import Choices, CpuShares, Document, Watch, group_documents
 
-__all__ = ["watch"]
+__all__ = ["line", "watch"]
 
 _LONGEST_WAIT = 3600.0  # seconds; poll(2) takes no more than 24 days
 _SHOWN = 3  # processes of a socket
@@ -59,16 +59,22 @@ def watch(port: int | None, seconds: float, every: float, as_json: bool, netns: 
     with contextlib.suppress(KeyboardInterrupt), entered(netns), Groups() as groups, Watch(port or 0) as watching:
         if not as_json:
             click.echo(f"watching {'all ports' if port is None else f'port {port}'}; ^C ends it")
-        _follow(watching, groups, show, port, every, time.monotonic() + seconds)
+        _follow([watching], groups, show, port, every, time.monotonic() + seconds)
 
 
 def _follow(
-    watching: Watch, groups: Groups, show: Callable[[list[Document]], None], port: int | None, every: float, end: float
+    sources: Sequence[Watch | Choices],
+    groups: Groups,
+    show: Callable[[list[Document]], None],
+    port: int | None,
+    every: float,
+    end: float,
 ) -> None:
     """Show events as they come and the groups every so often, until `end` (of time.monotonic)."""
     shares = CpuShares()
     poll = select.poll()
-    poll.register(watching, select.POLLIN)
+    for source in sources:
+        poll.register(source, select.POLLIN)
     look = time.monotonic()
     while (now := time.monotonic()) < end:
         if now >= look:
@@ -78,7 +84,8 @@ def _follow(
             show(group_documents(members, holders, percents))
             look = max(look + every, time.monotonic())
         poll.poll(1000 * min(max(min(look, end) - time.monotonic(), 0), _LONGEST_WAIT))
-        show(watching.read())
+        for source in sources:
+            show(source.read())
 
 
 def _json(documents: list[Document]) -> None:
@@ -94,7 +101,7 @@ def _text(documents: list[Document]) -> None:
         click.echo()
     for document, following in zip_longest(documents, documents[1:]):
         if document["event"] != "group" and not _is_said_again(document, following):
-            click.secho(_line(document), fg=None if document["event"] == "state" else "yellow")
+            click.secho(line(document), fg=None if document["event"] == "state" else "yellow")
 
 
 def _is_said_again(found: Document, following: Document | None) -> bool:
@@ -107,25 +114,32 @@ def _is_said_again(found: Document, following: Document | None) -> bool:
     )
 
 
-def _line(found: Document) -> str:
+def line(found: Document) -> str:
     """One event for people: when, what, whose."""
     at = found["time"].partition("T")[2][:15]
     if found["event"] == "lost":
-        return f"{at}  {found['count']:,} events were lost: they come faster than they are shown (see --port, --json)"
-    whose = [f"sk:{found['cookie']:x}"] if found["cookie"] else []
+        return f"{at}  {found['count']:,} events were lost: they come faster than they are read (--port tells of fewer)"
     source = _endpoint(found["source"], found["source_port"])
     way = f"{source} -> {_endpoint(found['destination'], found['destination_port'])}"
+    if found["event"] == "choice":
+        return f"{at}  balancer  {way}  {_choice(found)}"
+    whose = [f"sk:{found['cookie']:x}"] if found["cookie"] else []
     if found["event"] == "state":
         what = f"{found['old']} -> {found['new']}"
         whose = [f"{found['pid']} {found['command']}"] * bool(found["pid"]) + whose
-        if found["destination_port"] is None:
-            way = source
     elif found["event"] == "overflow":
-        way = source
         what = f"refused: {found['error']} ({_WHY.get(found['error'], 'see errno(3)')})"
     else:
         what = f"dropped: {found['reason']} ({_WHY[found['reason']]})"
-    return "  ".join([at, found["protocol"], way, what, *whose])
+    alone = found["destination_port"] is None
+    return "  ".join([at, found["protocol"], source if alone else way, what, *whose])
+
+
+def _choice(found: Document) -> str:
+    slot = "no slot" if found["slot"] is None else f"slot {found['slot']}"
+    failure = "" if found["outcome"] == "selected" or found["slot"] is None else f": {found['outcome']}"
+    why = " (no socket is in it)" if failure and found["outcome"] == "ENOENT" else ""
+    return f"bucket {found['bucket']}, {slot}{failure}{why}"
 
 
 def _endpoint(address: str, port: int | None) -> str:
@@ -145,7 +159,7 @@ def _table(groups: Iterable[Document]) -> None:
     output.table(
         ("group", "id", "members", "program", "index", "socket", "state", "queue", "limit", "drops", "processes"),
         rows,
-        remarkable=lambda row: bool(row[10] == "-"),
+        remarkable=lambda row: bool(row[7] > 0.9 * row[8] or row[10] == "-"),  # hardly any room, or nobody to read
     )
 
 

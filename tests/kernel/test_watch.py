@@ -17,6 +17,7 @@ import pytest
 
 from fastrecv import bpf, features
 from fastrecv.bpf import Map
+from fastrecv.cli.watch import line
 from fastrecv.groups import Groups, owners
 from fastrecv.listeners import cookie_of
 from fastrecv.netns import Namespace
@@ -111,11 +112,17 @@ def test_a_kernel_that_does_not_say_for_whom_a_packet_was_tells_less(
     monkeypatch.setattr(features, "kernel_version", lambda: (6, 1))
     with Watch() as watch:
         server, client = overflowing(stage, 5)
-        assert [(one["event"], one["cookie"]) for one in watch.read()] == [("overflow", cookie_of(server))] * 5
+        events = watch.read()
+        assert [(one["event"], one["cookie"]) for one in events] == [("overflow", cookie_of(server))] * 5
+        told_alone = f"  udp  {HOST}:{PORT}  refused: ENOMEM (the socket's queue is full)  sk:{cookie_of(server):x}"
+        assert line(events[0]).endswith(told_alone)
         drop_everything(server)
         client.sendto(b"x", (HOST, PORT))
         client.sendto(b"x", (HOST, PORT + 1))
         filtered, nobody = watch.read()
+    assert line(filtered).endswith(
+        f"  udp  {OTHER}:4242 -> {HOST}:{PORT}  dropped: SOCKET_FILTER (the socket's filter refused it)"
+    )
     assert (filtered["reason"], filtered["destination_port"]) == ("SOCKET_FILTER", PORT)
     assert (nobody["reason"], nobody["destination_port"]) == ("NO_SOCKET", PORT + 1)
     assert filtered["cookie"] is nobody["cookie"] is None
@@ -171,7 +178,10 @@ def test_what_does_not_fit_into_the_ring_is_counted(stage: Stage, watching: Watc
         client.sendto(b"x", (HOST, PORT))
     events = watching.read()
     assert [one["event"] for one in events] == ["drop"] * (RING // RECORD) + ["lost"]
-    assert events[-1]["count"] == sent - RING // RECORD
+    assert events[-1]["count"] == sent - RING // RECORD == 500
+    assert line(events[-1]).endswith(
+        "  500 events were lost: they come faster than they are read (--port tells of fewer)"
+    )
     assert watching.read() == []
     client.sendto(b"x", (HOST, PORT))
     assert len(told(watching, "drop", reason="NO_SOCKET")) == 1
@@ -235,6 +245,10 @@ def test_the_choices_of_a_balancer_are_told_while_somebody_reads(stage: Stage) -
         with pytest.raises(ValueError, match="one choice in 0 cannot be told"), sampled(maps["choices"], switch, 0):
             pass
     flow = {"source": OTHER, "source_port": 4242, "destination": HOST, "destination_port": PORT}
+    way, bucket = f"balancer  {OTHER}:4242 -> {HOST}:{PORT}", f"bucket {chosen['bucket']}"
+    assert line(chosen).endswith(f"  {way}  {bucket}, slot 1")
+    assert line(missed).endswith(f"  {way}  {bucket}, slot 1: ENOENT (no socket is in it)")
+    assert line(nobody).endswith(f"  {way}  {bucket}, no slot")
     for one, slot, outcome in ((chosen, 1, "selected"), (missed, 1, "ENOENT"), (nobody, None, "ENOENT")):
         assert {key: one[key] for key in flow} == flow
         assert (one["event"], one["slot"], one["outcome"]) == ("choice", slot, outcome)
