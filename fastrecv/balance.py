@@ -241,6 +241,16 @@ class Balancer:
             )  # fmt: skip
         return found
 
+    def sample(self, one_in: int) -> None:
+        """Tell one choice in so many to the ring buffer `choices`; 0: none (fastrecv.watching reads them)."""
+        control = self.maps["control"].lookup([0])
+        control["sampling"] = one_in
+        self.maps["control"].update([0], control)
+
+    @property
+    def sampling(self) -> int:
+        return int(self.maps["control"].lookup([0])["sampling"][0])
+
     def counters(self) -> dict[int | None, dict[str, int]]:
         """By slot; None for senders that no slot has, and for packets without a readable header."""
         _, rows = self.maps["counts"].items()

@@ -178,6 +178,12 @@ def _groups() -> None:
         groups.sockets()
 
 
+def _watching() -> None:
+    from fastrecv.watching import Watch  # noqa: PLC0415 - the receive core works without libbpf
+
+    Watch().close()
+
+
 def _rcu_expedited() -> None:
     Path("/sys/kernel/rcu_expedited").open("r+").close()
 
@@ -202,6 +208,7 @@ FEATURES = {
         ),
         Feature("steering", "UDP sockets in a SOCKMAP", (5, 7), "CAP_BPF and CAP_NET_ADMIN", _sockmap),
         Feature("steering", "reading reuseport groups", (5, 12), "CAP_BPF and CAP_PERFMON", _groups),
+        Feature("steering", "watching sockets", (5, 17), "CAP_BPF and CAP_PERFMON", _watching),
         Feature("bench", "live frames in BPF_PROG_RUN", (5, 18), "CAP_BPF and CAP_NET_ADMIN", _live_frames),
         Feature("bench", "enumeration of BPF links", (5, 8), "CAP_SYS_ADMIN", _bpf_enumeration),
         Feature("bench", "BPF run-time statistics", (5, 8), "CAP_SYS_ADMIN", _bpf_statistics),

@@ -107,6 +107,7 @@ cdef extern from "<bpf/bpf.h>" nogil:
     int bpf_link_create(int prog_fd, int target_fd, int attach_type,
                         const bpf_link_create_opts *opts)
     int bpf_iter_create(int link_fd)
+    int bpf_raw_tracepoint_open(const char *name, int prog_fd)
     int bpf_link_update(int link_fd, int prog_fd, const bpf_link_update_opts *opts)
     int bpf_link_detach(int link_fd)
     int bpf_link_get_next_id(uint32_t start, uint32_t *next)

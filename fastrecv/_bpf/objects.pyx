@@ -40,6 +40,7 @@ from fastrecv._bpf.libbpf cimport (
     bpf_program__section_name,
     bpf_program__set_type,
     bpf_program__type,
+    bpf_raw_tracepoint_open,
     bpf_test_run_opts,
     xdp_md,
 )
@@ -256,6 +257,13 @@ cdef class Program(Descriptor):
     def attach_xdp(self, int ifindex, unsigned int flags=0):
         """Attach an XDP program to a device of the calling thread's namespace; `flags` are XDP_FLAGS_*. Linux 5.9."""
         return self.attach(ifindex, BPF_XDP, flags, f"interface {ifindex}")
+
+    def attach_tracing(self):
+        """Attach a tp_btf program to the tracepoint that it is made for, on the whole host. Linux 5.5."""
+        cdef int fd = self.alive(), result
+        with nogil:
+            result = bpf_raw_tracepoint_open(NULL, fd)
+        return take_link(check(result, f"attaching program {self.name} to its tracepoint"))
 
     def iterate(self):
         """All that an iterator program writes about what it is run for, as bytes. Linux 5.8.

@@ -110,9 +110,7 @@ def test_attached_before_bind_it_keeps_others_out_and_a_filter_refuses(stage: St
 def test_attached_before_listen_it_keeps_others_out_and_a_filter_refuses(stage: Stage) -> None:
     serve(stage, TCP, "ipv4", 1)
     second = stage.bind(TCP, "0.0.0.0", PORT, reuseport=True)  # noqa: S104 - a private namespace
-    with pytest.raises(
-        SocketRefusedError, match=r"tcp 0\.0\.0\.0 port 7007 is in no group yet, .* TCP from listen\(\)"
-    ):
+    with pytest.raises(SocketRefusedError, match=r"port 7007 is in no group yet, .* TCP from listen\(\)"):
         Filter(Policy(), 2).attach(second)
     attach(second, ALWAYS_1)
     with pytest.raises(OSError, match="in use") as caught:
@@ -181,9 +179,7 @@ def test_mptcp_and_other_families_are_refused_by_name(stage: Stage) -> None:
     made = Filter(Policy(), 1)
     with (
         socket.socket(socket.AF_INET, TCP, socket.IPPROTO_MPTCP) as several,
-        pytest.raises(
-            SocketRefusedError, match=r"mptcp 0\.0\.0\.0 port 0 is an MPTCP listener, .*: open it as plain TCP"
-        ),
+        pytest.raises(SocketRefusedError, match=r"port 0 is an MPTCP listener, .*: open it as plain TCP"),
     ):
         made.attach(several)
     with socket.socket(socket.AF_UNIX) as local, pytest.raises(SocketRefusedError, match="family AF_UNIX"):
