@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from errno import EINVAL, ENOENT
+from errno import EINVAL, ENOENT, EPERM
 from ipaddress import IPv4Network, IPv6Network
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
@@ -14,11 +14,13 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrecv import buckets, reuseport
+from fastrecv import buckets, groups, reuseport
 from fastrecv.balance_maps import SLOTS, Maps
+from fastrecv.classic import Filter
 from fastrecv.errors import BpfError, StateError
 from fastrecv.leaving import Leaving
 from fastrecv.policies import Policy, number_of
+from fastrecv.steerable import described
 
 __all__ = ["COUNTERS", "EMPTY_POLICIES", "MAX_WEIGHT", "SLOTS", "Balancer", "Empty", "Network", "Slot", "State"]
 
@@ -110,6 +112,51 @@ class Balancer:
     def attach(self, sock: socket.socket) -> None:
         """Attach the program to the group of a member, in the place of any other. SocketRefusedError."""
         reuseport.attach(sock, self.maps.program)
+
+    def put_back(self, sock: socket.socket) -> bool:
+        """Attach again where a member has replaced or detached the program; gives whether that was so.
+
+        For who holds the group, every so often: any member may do it, without a privilege. To look takes CAP_BPF and
+        CAP_PERFMON (fastrecv.groups.program_of).
+        """
+        if groups.program_of(sock) == self.maps.program.info.id:
+            return False
+        self.attach(sock)
+        return True
+
+    @staticmethod
+    def best(policy: Policy, members: Sequence[socket.socket], *, replace: bool = False) -> Balancer | Filter:
+        """Balance a group by the best that the policy and the privileges at hand allow, attached when this returns.
+
+        That is a Balancer whose slots the members have, in their order; or else classic BPF, for an ordinary user, and
+        for what only that can. members : all of the group, in the order in which they joined it (UDP by bind, TCP by
+        listen), which is that of classic BPF.
+
+        replace : in the place of a program that the group has. StateError, with nothing changed, where it has one, or
+        could have: whom its privileges do not let look (CAP_BPF and CAP_PERFMON) cannot share a group with others.
+        """
+        if not members:
+            raise ValueError("no members: give all sockets of the group")
+        if not replace:
+            _refuse_replacing(members)
+        if policy.ebpf:
+            try:
+                made = Balancer(policy, size=len(members))
+            except BpfError as error:
+                if error.errno != EPERM or not policy.classic:
+                    raise
+            else:
+                try:
+                    for slot, member in enumerate(members):
+                        made.register(slot, member)
+                    made.attach(members[0])
+                except BaseException:
+                    made.close()
+                    raise
+                return made
+        found = Filter(policy, len(members))
+        found.attach(members[0])
+        return found
 
     # Its slots
 
@@ -258,6 +305,23 @@ class Balancer:
             slot if slot < SLOTS else None: {name: int(row[name].sum()) for name in COUNTERS}
             for slot, row in enumerate(rows)
         }
+
+
+def _refuse_replacing(members: Sequence[socket.socket]) -> None:
+    """StateError where the group has a program, or where others could have given it one that is not to be seen."""
+    named = described(members[0])
+    try:
+        present = groups.program_of(members[0])
+    except PermissionError:
+        if groups.has_others(members):
+            raise StateError(
+                f"others have joined the group of {named}, too, and it may have a program: to look takes CAP_BPF and "
+                "CAP_PERFMON; replace=True replaces whatever it has"
+            ) from None
+        return
+    if present is not None:
+        other = "a classic BPF program" if present == groups.CLASSIC else f"program {present}"
+        raise StateError(f"the group of {named} has {other}: detach that, or say replace=True")
 
 
 def _check_slot(slot: int) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -24,7 +25,7 @@ from fastrecv.netns import Namespace
 from fastrecv.netns import cookie_of as namespace_of
 from fastrecv.steerable import cookie_of, described
 
-__all__ = ["CLASSIC", "STATES", "Groups", "Member", "Owner", "members", "owners", "program_of"]
+__all__ = ["CLASSIC", "STATES", "Groups", "Member", "Owner", "has_others", "members", "owners", "program_of"]
 
 Address = IPv4Address | IPv6Address
 
@@ -187,6 +188,23 @@ def program_of(sock: socket.socket) -> int | None:
             if one.cookie == cookie:
                 return one.program
     raise SocketRefusedError(f"{described(sock)} is in no group: UDP is from bind() on, TCP from listen()")
+
+
+def has_others(members: Sequence[socket.socket]) -> bool:
+    """Whether more sockets than these are bound to the address and port of the first. No privilege (proc(5), net/udp).
+
+    Who joins a group must be of the same user.
+    """
+    first = members[0]
+    name = "tcp" if first.type == socket.SOCK_STREAM else "udp"
+    table = Path("/proc/thread-self/net", name if first.family == socket.AF_INET else f"{name}6")
+    ours = {os.fstat(member.fileno()).st_ino for member in members}
+    packed = socket.inet_pton(first.family, first.getsockname()[0].partition("%")[0])
+    words = (packed[start : start + 4] for start in range(0, len(packed), 4))
+    where = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words) + f":{first.getsockname()[1]:04X}"
+    free = "07" if name == "udp" else "0A"  # not connected; listening
+    rows = (line.split() for line in table.read_text().splitlines()[1:])
+    return any(row[1] == where and row[3] == free and int(row[9]) not in ours for row in rows)
 
 
 def owners(inodes: Iterable[int]) -> dict[int, list[Owner]]:

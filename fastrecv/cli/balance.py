@@ -15,7 +15,7 @@ import click
 
 from fastrecv import balance_life, groups, listeners, reuseport, steerable
 from fastrecv.balance import EMPTY_POLICIES, MAX_WEIGHT, SLOTS, Empty
-from fastrecv.cli import balance_reads
+from fastrecv.cli import balance_modulo, balance_reads
 from fastrecv.cli.arguments import ADDRESS, BPFFS_OPTION, GROUP_OPTION, NAME, POLICY, PREFIX, PROCESS, one_socket
 from fastrecv.errors import StateError
 from fastrecv.policies import BUCKETS, Mapped, Policy
@@ -45,8 +45,8 @@ def balance() -> None:
     """  # noqa: D301 - click wants the character
 
 
-for _noun in balance_reads.COMMANDS:
-    balance.add_command(_noun)
+for _command in (*balance_reads.COMMANDS, *balance_modulo.COMMANDS):
+    balance.add_command(_command)
 
 
 @balance.command()

@@ -249,7 +249,7 @@ def test_the_choices_of_a_balancer_are_told_while_somebody_reads(stage: Stage) -
             pass
     flow = {"source": OTHER, "source_port": 4242, "destination": HOST, "destination_port": PORT}
     way, bucket = f"balancer  {OTHER}:4242 -> {HOST}:{PORT}", f"bucket {chosen['bucket']}"
-    assert line(chosen).endswith(f"  {way}  {bucket}, slot 1")
+    assert line(chosen).endswith(f"  {way}  {bucket}, slot 1  sk:{cookie_of(members[1]):x}")
     assert line(missed).endswith(f"  {way}  {bucket}, slot 1: ENOENT (no socket is in it)")
     assert line(nobody).endswith(f"  {way}  {bucket}, no slot")
     for one, slot, outcome in ((chosen, 1, "selected"), (missed, 1, "ENOENT"), (nobody, None, "ENOENT")):
