@@ -37,8 +37,8 @@ Network = IPv4Network | IPv6Network
 class Slot(NamedTuple):
     """A slot as it stands.
 
-    state : "active", "empty" (senders have it, no socket does) or "draining" (the reverse: its queue is to be read, and
-    known senders may still come). buckets : how many of policies.BUCKETS. socket : its cookie. leaving : whether it is
+    state : "active", "empty" (no socket has it) or "draining" (a socket has it, but no buckets: its queue is to be
+    read, and known senders may still come). buckets : how many of policies.BUCKETS. socket : its cookie. leaving : whether it is
     drained sender by sender. counters : by their names in COUNTERS.
     """
 
@@ -281,7 +281,7 @@ class Balancer:
         for number in range(SLOTS):
             if not (number in present or number in weights or any(counters[number].values())):
                 continue
-            state: State = "draining" if number not in weights else "active" if number in present else "empty"
+            state: State = "empty" if number not in present else "active" if number in weights else "draining"
             found.append(
                 Slot(number, state, weights.get(number, 0), shares.get(number, 0), present.get(number),
                      number in leaving, counters[number])

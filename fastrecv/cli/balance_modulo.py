@@ -152,11 +152,8 @@ def explain(root: Path, source: IPv4Address | IPv6Address, as_json: bool) -> Non
     if as_json:
         output.as_json({"slot": slot, **sockets})
         return
-    said = [
-        f"{name} sk:{cookie:x}" if cookie is not None else f"{name} has none: refused"
-        for name, cookie in sockets.items()
-    ]
-    click.echo(f"slot {slot} of {size}: {', '.join(said)}")
+    words = {name: "none, refused" if cookie is None else f"sk:{cookie:x}" for name, cookie in sockets.items()}
+    click.echo(f"slot {slot} of {size}: tcp {words['tcp']}; udp {words['udp']}")
 
 
 def _there(root: Path) -> Modulo:

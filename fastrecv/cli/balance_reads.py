@@ -122,7 +122,7 @@ def _complaints(name: str, slots: list[Slot], seen: Seen | None, program: int) -
         found.append(f"its sockets are of {len(present)} groups, and a program selects only those of the group that it "
                      f"runs for: {', '.join(sorted(map(_where, present.values())))}")  # fmt: skip
     for member in present.values():
-        cure = f"`fastrecv balance attach {name}` puts it back"
+        cure = f"`fastrecv balance attach {name}` gives it this one"
         if member.program is None:
             found.append(f"the group of {_where(member)} has no program: {cure}")
         elif member.program != program:
