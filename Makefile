@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := clang gcc libbpf-dev libc6-dev libelf-dev linux-perf llvm pkg-config python3-dev python3-venv zlib1g-dev
+DAEMONS := nginx pmacct softflowd
+DAEMONS_NEED := libjansson4 libmariadb3 libmaxminddb0 libnetfilter-log1 libpcap0.8 libpq5 librabbitmq4 librdkafka1 \
+	libsqlite3-0 libzmq5 netbase
 SOURCES := $(wildcard fastrecv/_*/*.pyx fastrecv/_*/*.pxd bpf/*.c bpf/*.h)
 
 .DELETE_ON_ERROR:
@@ -12,8 +15,8 @@ SOURCES := $(wildcard fastrecv/_*/*.pyx fastrecv/_*/*.pxd bpf/*.c bpf/*.h)
 bench: setup
 	$(BIN)/python -m fastrecv.bench --flood udp
 
-test: PACKAGES += bind9-dnsutils curl ngtcp2-client # real clients for the services that the tests run
-test: setup $(VENV)/unpacked
+test: PACKAGES += bind9-dnsutils curl ngtcp2-client $(DAEMONS_NEED) # real clients for the services that the tests run
+test: setup $(DAEMONS:%=$(VENV)/unpacked/%)
 	$(BIN)/python -m pytest
 
 # Every receiver against a C loop, interleaved (a minute and a half); then the same in pytest-benchmark's tables.
@@ -45,10 +48,12 @@ sanitize: setup
 		tests/kernel/test_rings.py tests/kernel/test_groups.py tests/unit/test_receiver.py tests/unit/test_batch.py tests/unit/test_arrow.py tests/unit/test_replies.py \
 		tests/unit/test_sockets.py tests/unit/test_ownership.py
 
-# A real daemon for the tests, unpacked only: installed it would be started.
-$(VENV)/unpacked: | packages
-	command -v nginx /usr/sbin/nginx >/dev/null || { cd $(VENV) && apt-get download -q nginx && dpkg-deb -x nginx_*.deb unpacked; }
-	mkdir -p $@
+# Real daemons for the tests, unpacked only: installed they would be started.
+$(VENV)/unpacked/%: | packages
+	mkdir -p $(@D)
+	! command -v apt-get >/dev/null || dpkg-query -W -f '$${Status}' $* 2>/dev/null | grep -q 'ok installed' || \
+		{ cd $(@D) && apt-get download -q $* && dpkg-deb -x $*_*.deb . && rm $*_*.deb; }
+	touch $@
 
 # A wheel that carries libbpf and libelf, as released.
 wheel: setup
