@@ -38,8 +38,8 @@ class Slot(NamedTuple):
     """A slot as it stands.
 
     state : "active", "empty" (no socket has it) or "draining" (a socket has it, but no buckets: its queue is to be
-    read, and known senders may still come). buckets : how many of policies.BUCKETS. socket : its cookie. leaving : whether it is
-    drained sender by sender. counters : by their names in COUNTERS.
+    read, and known senders may still come). buckets : how many of policies.BUCKETS. socket : its cookie.
+    leaving : whether it is drained sender by sender. counters : by their names in COUNTERS.
     """
 
     number: int
