@@ -21,6 +21,7 @@ from fastrecv.rules import PROTOCOL_NAMES, Destination
 __all__ = [
     "UNNAMED",
     "by_destination",
+    "check_kind",
     "check_steerable",
     "check_tracing",
     "cookie_of",
@@ -28,6 +29,7 @@ __all__ = [
     "from_systemd",
     "of_descriptors",
     "of_process",
+    "protocol_of",
 ]
 
 # include/uapi/asm-generic/socket.h
@@ -49,10 +51,11 @@ def described(sock: socket.socket) -> str:
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return f"a socket of family {getattr(sock.family, 'name', sock.family)}"
     host, port = sock.getsockname()[:2]
-    return f"{PROTOCOL_NAMES.get(_protocol(sock), f'protocol {_protocol(sock)}')} {host} port {port}"
+    return f"{PROTOCOL_NAMES.get(protocol_of(sock), f'protocol {protocol_of(sock)}')} {host} port {port}"
 
 
-def _protocol(sock: socket.socket) -> int:
+def protocol_of(sock: socket.socket) -> int:
+    """IPPROTO_TCP, IPPROTO_UDP, ... (SO_PROTOCOL)."""
     return sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL)
 
 
@@ -65,14 +68,11 @@ def _families(sock: socket.socket) -> tuple[int, ...]:
     return (socket.AF_INET6,) if only else (socket.AF_INET6, socket.AF_INET)
 
 
-def check_steerable(sock: socket.socket, namespace: int | None = None) -> None:
-    """SocketRefusedError where packets cannot be steered to a socket; namespace : the cookie of the one it must be in.
-
-    It must be a TCP socket that listens, or a bound UDP socket that is not connected.
-    """
+def check_kind(sock: socket.socket) -> None:
+    """SocketRefusedError where packets cannot be steered to sockets of this kind, in whatever state."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         raise SocketRefusedError(f"{described(sock)}: packets are steered to IPv4 and IPv6 sockets only")
-    protocol = _protocol(sock)
+    protocol = protocol_of(sock)
     if protocol == _IPPROTO_MPTCP:
         raise SocketRefusedError(
             f"{described(sock)} is an MPTCP listener, which BPF maps do not take: open it as plain TCP (Go: "
@@ -80,11 +80,19 @@ def check_steerable(sock: socket.socket, namespace: int | None = None) -> None:
         )
     if protocol not in PROTOCOL_NAMES:
         raise SocketRefusedError(f"{described(sock)}: packets are steered to TCP and UDP sockets only")
+
+
+def check_steerable(sock: socket.socket, namespace: int | None = None) -> None:
+    """SocketRefusedError where packets cannot be steered to a socket; namespace : the cookie of the one it must be in.
+
+    It must be a TCP socket that listens, or a bound UDP socket that is not connected.
+    """
+    check_kind(sock)
     if namespace is not None and namespace_of(sock) != namespace:
         raise SocketRefusedError(f"{described(sock)} lives in another network namespace: see --netns")
     if _has_peer(sock):
         raise SocketRefusedError(f"{described(sock)} is connected: packets cannot be steered to it")
-    if protocol == socket.IPPROTO_TCP and not sock.getsockopt(socket.SOL_SOCKET, _SO_ACCEPTCONN):
+    if protocol_of(sock) == socket.IPPROTO_TCP and not sock.getsockopt(socket.SOL_SOCKET, _SO_ACCEPTCONN):
         raise SocketRefusedError(f"{described(sock)} does not listen: register it after listen()")
     if sock.getsockname()[1] == 0:
         raise SocketRefusedError(f"{described(sock)} is not bound: register it after bind()")
@@ -104,7 +112,7 @@ def by_destination(
         check_steerable(sock, namespace)
         for family in _families(sock):
             kind = found if family == sock.family else borrowed
-            kind.setdefault(Destination(label, family, _protocol(sock)), []).append(sock)
+            kind.setdefault(Destination(label, family, protocol_of(sock)), []).append(sock)
     for destination, group in borrowed.items():
         found.setdefault(destination, group)
     if not found:
@@ -212,7 +220,7 @@ def of_process(pid: int, protocol: int, address: IPv4Address | IPv6Address, port
 
 
 def _is_candidate(sock: socket.socket, kinds: tuple[int, ...], address: IPv4Address | IPv6Address, port: int) -> bool:
-    if sock.family not in (socket.AF_INET, socket.AF_INET6) or _protocol(sock) not in kinds:
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or protocol_of(sock) not in kinds:
         return False
     host, bound = sock.getsockname()[:2]
     return bound == port and _plain(ip_address(host.partition("%")[0])) == _plain(address)
