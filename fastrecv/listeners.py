@@ -17,6 +17,7 @@ from pathlib import Path
 from fastrecv.errors import SocketRefusedError
 from fastrecv.netns import cookie_of as namespace_of
 from fastrecv.rules import PROTOCOL_NAMES, Destination
+from fastrecv.sockets import described
 
 __all__ = [
     "UNNAMED",
@@ -44,14 +45,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def cookie_of(sock: socket.socket) -> int:
     """What the kernel, SOCKMAPs and `ss -e` (sk:) call a socket (SO_COOKIE, Linux 4.12)."""
     return int(struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0])
-
-
-def described(sock: socket.socket) -> str:
-    """A socket for a message: tcp 127.0.0.1 port 80."""
-    if sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return f"a socket of family {getattr(sock.family, 'name', sock.family)}"
-    host, port = sock.getsockname()[:2]
-    return f"{PROTOCOL_NAMES.get(protocol_of(sock), f'protocol {protocol_of(sock)}')} {host} port {port}"
 
 
 def protocol_of(sock: socket.socket) -> int:

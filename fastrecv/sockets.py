@@ -22,6 +22,7 @@ from fastrecv._recv import ENDPOINT
 __all__ = [
     "Address",
     "busy_poll",
+    "described",
     "drop_everything",
     "drops",
     "endpoints",
@@ -53,6 +54,7 @@ _SK_MEMINFO_DROPS, _SK_MEMINFO_VARS = 8, 9  # include/uapi/linux/sock_diag.h
 _RET_K = 0x06  # BPF_RET | BPF_K, include/uapi/linux/bpf_common.h
 # include/uapi/linux/in.h
 _MCAST = {(True, False): 42, (False, False): 45, (True, True): 46, (False, True): 47}  # (join, with a source)
+_PROTOCOL_NAMES = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp", socket.IPPROTO_MPTCP: "mptcp"}
 _ALL_GROUPS = {4: (socket.IPPROTO_IP, 49), 6: (socket.IPPROTO_IPV6, 29)}  # IP_MULTICAST_ALL, IPV6_MULTICAST_ALL
 
 
@@ -79,6 +81,15 @@ def open_datagram(address: Address, *, reuse_port: bool = False, dual_stack: boo
         sock.close()
         raise
     return sock
+
+
+def described(sock: socket.socket) -> str:
+    """A socket for a message: tcp 127.0.0.1 port 80."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return f"a socket of family {getattr(sock.family, 'name', sock.family)}"
+    protocol = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
+    host, port = sock.getsockname()[:2]
+    return f"{_PROTOCOL_NAMES.get(protocol, f'protocol {protocol}')} {host} port {port}"
 
 
 def _checked(address: Address) -> tuple[tuple[Any, ...] | str | bytes, socket.AddressFamily]:

@@ -119,7 +119,9 @@ def test_what_becomes_of_senders_whose_slot_is_empty(stage: Stage, kind: int, em
 def test_what_cannot_be_balanced_is_refused_with_the_cure(stage: Stage) -> None:
     with Balancer(Policy()) as balancer:
         alone = stage.bind(UDP, "198.51.100.2", 9000)
-        with pytest.raises(SocketRefusedError, match=r"198\.51\.100\.2 port 9000 is in no group: set SO_REUSEPORT before"):
+        with pytest.raises(
+            SocketRefusedError, match=r"198\.51\.100\.2 port 9000 is in no group: set SO_REUSEPORT before"
+        ):
             balancer.register(0, alone)
         with pytest.raises(ValueError, match="slot 128: give 0 to 127"):
             balancer.register(128, alone)
