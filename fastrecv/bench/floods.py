@@ -196,10 +196,13 @@ def open_sink(flood: Flood, lab: Lab) -> Iterator[socket.socket]:
 
 
 class Source:
-    """The traffic source of one flood: the program flood.bpf.c with the flood's frame. A context manager."""
+    """The traffic source of one flood: the program flood.bpf.c with the flood's frame. A context manager.
+
+    Attributes: flood.
+    """
 
     def __init__(self, flood: Flood, lab: Lab, sources: int) -> None:
-        self._flood, self._lab = flood, lab
+        self.flood, self._lab = flood, lab
         self._frame, port_offset, checksum_offset, self._partial_sum = flood.frame(lab)
         self._object: Object = packaged("flood")
         self._object.set(
@@ -215,8 +218,8 @@ class Source:
     def aimed(self, port: int) -> Self:
         """The same program, with frames for another port. It ends with this one."""
         other = copy.copy(self)
-        other._flood = replace(self._flood, port=port)
-        other._frame, _, _, other._partial_sum = other._flood.frame(self._lab)
+        other.flood = replace(self.flood, port=port)
+        other._frame, _, _, other._partial_sum = other.flood.frame(self._lab)
         return other
 
     @property
