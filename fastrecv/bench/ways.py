@@ -122,6 +122,7 @@ def _modulo(group: Group) -> Iterator[Choice]:
 
 def ways_of(protocol: int, seed: int) -> list[Way]:
     """The rows of a flood. A SYN has no payload that could choose, and no socket is connected before it."""
+    seed %= 1 << 64
     source, flow = Policy("source", seed=seed), Policy("flow", seed=seed)
     udp = protocol == socket.IPPROTO_UDP
     by_payload = _classic(Policy("payload", length=2, seed=seed))
