@@ -99,8 +99,8 @@ def _open(record: Flood, plan: SteerPlan) -> Iterator[Stage]:
             members = open_members(way, source.flood, lab, stack)
             choice = stack.enter_context(way.open(Group(source.flood, members, plan.sources, plan.seed)))
             rows[index] = Row(configurations[index], source, members, program=choice.program, chosen=choice.member)
-        with pinned(plan.cpu), lab.host:
-            for row in rows.values():
-                row.source.deliver(plan.sources)  # who has to know every sender, knows them
+            if way.known:
+                with pinned(plan.cpu), lab.host:
+                    source.deliver(plan.sources)
         ordered = [*(rows[index] for index in sorted(rows)), Row(harness, many, ())]
         yield Stage(flood, record, lab, counter, plan.cpu, ordered)

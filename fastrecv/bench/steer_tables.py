@@ -36,7 +36,7 @@ def render(result: Result) -> str:
     if not result.failed_gates:
         parts += [judgement(flood) for flood in result.floods]
         parts.append(
-            "Nobody reads these packets and no driver brings them: the shares are the largest that they can be."
+            "Nobody reads these packets, and no driver brings them: a service spends more on each than is said here."
         )
     return "\n\n".join([*parts, *tables.foot(result)])
 

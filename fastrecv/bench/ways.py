@@ -57,7 +57,8 @@ def _hash(group: Group) -> Iterator[Choice]:  # noqa: ARG001 - the kernel has it
 class Way:
     """A row. members : sockets. against : the row whose sockets it has as well, with nothing but the way different.
 
-    connected : its socket is connected to its one sender. open : attaches it to a group.
+    connected : its socket is connected to its one sender. known : every sender has come once before it is measured.
+    open : attaches it to a group.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Way:
     against: str | None = HASH
     one_sender: bool = False
     connected: bool = False
+    known: bool = False
 
 
 def _classic(policy: Policy) -> Callable[[Group], AbstractContextManager[Choice]]:
@@ -136,7 +138,8 @@ def ways_of(protocol: int, seed: int) -> list[Way]:
         Way("flow", "flow: eBPF balancer", _balancer(flow)),
         Way("uncounted", "uncounted: source, without counters", _balancer(source, counting=False)),
         Way("tracking", "tracking: source, senders tracked, idle", _balancer(source, tracking=True)),
-        Way("leaving", "leaving: source, all senders looked up", _balancer(source, tracking=True, leaving=True)),
+        Way("leaving", "leaving: source, all senders looked up", _balancer(source, tracking=True, leaving=True),
+            known=True),
         Way("modulo", "modulo: the original program's method", _modulo),
         *([
             Way(ONE_SENDER, "one-sender: one socket", _one, 1, None, one_sender=True),
