@@ -91,22 +91,12 @@ class Filter:
 
         It replaces whatever program the group has, eBPF or classic, without a word: only who made the group knows.
         """
-        if sock.family not in (socket.AF_INET, socket.AF_INET6):
-            raise SocketRefusedError(f"{described(sock)}: reuseport groups with programs are IPv4's and IPv6's")
-        protocol = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
-        if protocol == socket.IPPROTO_MPTCP:
-            raise SocketRefusedError(f"{described(sock)}: MPTCP takes no program, open it as plain TCP")
-        if sock.getsockname()[1] == 0:
-            raise SocketRefusedError(f"{described(sock)} is not bound: attach after bind(), or the next member's fails")
-        if protocol == _IPPROTO_TCP and not sock.getsockopt(socket.SOL_SOCKET, _SO_ACCEPTCONN):
-            raise SocketRefusedError(f"{described(sock)} does not listen: attach after listen(), or that fails")
+        _check(sock)
         program = packed(self.instructions)
         buffer = ctypes.create_string_buffer(program, len(program))
-        count = len(self.instructions)
-        try:  # struct sock_fprog
-            sock.setsockopt(
-                socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, struct.pack("@HP", count, ctypes.addressof(buffer))
-            )
+        fprog = struct.pack("@HP", len(self.instructions), ctypes.addressof(buffer))  # struct sock_fprog
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, fprog)
         except OSError as error:
             raise _refused(sock, error) from error
 
@@ -209,10 +199,23 @@ def detach(sock: socket.socket) -> bool:
     return True
 
 
+def _check(sock: socket.socket) -> None:
+    """SocketRefusedError where a program would be refused, or would keep the socket out of its group."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        raise SocketRefusedError(f"{described(sock)}: reuseport groups with programs are IPv4's and IPv6's")
+    protocol = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
+    if protocol == socket.IPPROTO_MPTCP:
+        raise SocketRefusedError(f"{described(sock)}: MPTCP takes no program, open it as plain TCP")
+    if sock.getsockname()[1] == 0:
+        raise SocketRefusedError(f"{described(sock)} is not bound: attach after bind(), or the next member's fails")
+    if protocol == _IPPROTO_TCP and not sock.getsockopt(socket.SOL_SOCKET, _SO_ACCEPTCONN):
+        raise SocketRefusedError(f"{described(sock)} does not listen: attach after listen(), or that fails")
+
+
 def _refused(sock: socket.socket, error: OSError) -> OSError:
     reasons = {
         EINVAL: "is in no group: set SO_REUSEPORT before bind(), and leave UDP unconnected",
-        EPERM: "has its filters locked (SO_LOCK_FILTER): use another member of its group",
+        EPERM: "has its filters locked (SO_LOCK_FILTER): who did that keeps the group's program as it is",
     }
     reason = reasons.get(error.errno or 0)
     return error if reason is None else SocketRefusedError(f"{described(sock)} {reason}")

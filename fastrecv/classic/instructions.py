@@ -87,27 +87,20 @@ def disassembled(instructions: Iterable[Instruction]) -> str:
 
 
 def _text(number: int, one: Instruction) -> str:
-    sizes = dict(_SIZES.values())
-    operations = {code: name for name, code in _OPERATIONS.items()}
-    jumps = {code: name for name, code in _JUMPS.items()}
-    kind, size, mode, operation = one.code & 7, one.code & 0x18, one.code & 0xE0, one.code & 0xF0
-    source = "x" if one.code & _X else f"#{one.k:#x}"
-    fixed = {STORE.code: f"st M[{one.k}]", TAX.code: "tax", TXA.code: "txa", RETURN.code: "ret a"}
-    fixed |= {_LD: f"ld #{one.k:#x}", _LDX: f"ldx #{one.k:#x}", _LD | _LEN: "ld #len", RECALL.code: f"ld M[{one.k}]"}
-    fixed |= {_RET: f"ret #{one.k:#x}", HEADER_LENGTH.code: f"ldxb 4*([{_place(one.k)}]&0xf)"}
-    if one.code in fixed:
-        return fixed[one.code]
-    if kind == _LD and mode == _ABS and size in sizes:
-        names = {_ANCILLARY_OFFSET + value: name for name, value in ANCILLARY.items()}
-        return f"ld #{names[one.k]}" if one.k in names else f"{sizes[size]} [{_place(one.k)}]"
-    if kind == _LD and mode == _IND and size in sizes:
-        return f"{sizes[size]} [x+{_place(one.k)}]"
-    if kind == _ALU and operation in operations:
-        return f"{operations[operation]} {source}"
-    if kind == _JMP and operation in jumps:
-        return f"{jumps[operation]} {source}, l{number + 1 + one.jt}, l{number + 1 + one.jf}"
-    raise ValueError(f"instruction {number}, code {one.code:#x}, is none that a filter of fastrecv has")
-
-
-def _place(k: int) -> str:
-    return f"net+{k - NET}" if NET <= k < _ANCILLARY_OFFSET else str(k)
+    place = f"net+{one.k - NET}" if NET <= one.k < _ANCILLARY_OFFSET else str(one.k)
+    forms = {
+        _LD: f"ld #{one.k:#x}", _LD | _LEN: "ld #len", RECALL.code: f"ld M[{one.k}]", STORE.code: f"st M[{one.k}]",
+        LOAD_BEHIND.code: f"ld [x + {place}]", LOAD_X.code: f"ldx #{one.k:#x}",
+        HEADER_LENGTH.code: f"ldxb 4*([{place}]&0xf)", TAX.code: "tax", TXA.code: "txa", RETURN.code: "ret a",
+    }  # fmt: skip
+    forms |= {_LD | size | _ABS: f"{name} [{place}]" for size, name in _SIZES.values()}
+    forms |= {_ALU | code: f"{name} #{one.k:#x}" for name, code in _OPERATIONS.items()}
+    forms |= {_ALU | code | _X: f"{name} x" for name, code in _OPERATIONS.items()}
+    ends = f"l{number + 1 + one.jt}, l{number + 1 + one.jf}"
+    forms |= {_JMP | code: f"{name} #{one.k:#x}, {ends}" for name, code in _JUMPS.items()}
+    for name in ANCILLARY:
+        if one == ld(name):
+            return f"ld #{name}"
+    if one.code not in forms:
+        raise ValueError(f"instruction {number}, code {one.code:#x}, is none that a filter of fastrecv has")
+    return forms[one.code]
