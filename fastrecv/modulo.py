@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+import numpy as np
+
 from fastrecv import bpf, pins
 from fastrecv.errors import BpfError, SocketRefusedError, StateError
 from fastrecv.jhash import jhash
@@ -38,7 +40,6 @@ _SO_ACCEPTCONN, _SO_ATTACH_REUSEPORT_EBPF = 30, 52  # include/uapi/asm-generic/s
 _WORD = (1 << 32) - 1
 
 Protocol = Literal["tcp", "udp"]
-_PROTOCOLS: tuple[Protocol, ...] = ("tcp", "udp")
 
 
 class Modulo:
@@ -130,16 +131,20 @@ class Modulo:
                 raise
             raise SocketRefusedError(f"{described(sock)} is in no group: set SO_REUSEPORT before bind()") from None
 
-    def register(self, index: int, sock: socket.socket, *, take_over: bool = False) -> None:
+    def register(self, index: int, sock: socket.socket, *, take_over: bool = False, early: bool = False) -> None:
         """Give a slot to a member of the group; nothing where it has it. Replacing another, with take_over, is atomic.
+
+        early : a slot from `size` on, too, which gets senders when resize() comes to it.
 
         SocketRefusedError where the socket cannot have it; StateError where another has it, or where size or nonce are
         no longer what this instance was made with.
         """
         check_steerable(sock)
         self._agree()
-        if not 0 <= index < self.size:
-            raise ValueError(f"slot {index}: size is {self.size}, so give 0 to {self.size - 1}")
+        if not 0 <= index < (SLOTS if early else self.size):
+            raise ValueError(
+                f"slot {index}: size is {self.size}: give 0 to {self.size - 1}, or with early to {SLOTS - 1}"
+            )
         protocol = _protocol(sock)
         if self.members(protocol).get(index) == cookie_of(sock):
             return
@@ -176,8 +181,8 @@ class Modulo:
     def resize(self, size: int) -> float:
         """Divide the senders by `size` slots from now on; gives the share of them that changes its slot (see `moved`).
 
-        The new slots should have their sockets before, and those beyond the new size get no more senders. Peers read
-        the size when they start: those that are told another one by their configuration then refuse to.
+        To lose nobody, register the members of new slots before (early); those beyond the new size get no more senders.
+        Peers read the size when they start: those that are told another one by their configuration then refuse to.
         """
         if not 1 <= size <= SLOTS:
             raise ValueError(f"size {size}: give 1 to {SLOTS}")
@@ -194,7 +199,12 @@ class Modulo:
         Who starts later would make maps of his own, and those of the group that have none would lose their senders.
         """
         with _locked(self.root, create=False):
-            held = [f"{protocol} {slot}" for protocol in _PROTOCOLS for slot in self.members(protocol)]
+            self._check_layouts()
+            held = []
+            for protocol, name in _TARGETS.items():
+                if (self.root / name).exists():  # which others may have made since these were unpinned
+                    with bpf.Map.open(self.root / name, np.uint32, np.uint64) as there:
+                        held += [f"{protocol} {slot}" for slot in there.items()[0]]
             if held:
                 raise StateError(f"{self.root} is in use, slots {', '.join(held)}: unregister or close their sockets")
             for name in _LAYOUT:

@@ -1,4 +1,4 @@
-"""Many senders of random addresses, and which member of a group each of them came to."""
+"""Members of a group, many senders of random addresses, and to whom each of them came."""
 
 from __future__ import annotations
 
@@ -10,10 +10,21 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import numpy as np
 
-from tests.kernel.steering import IP_FREEBIND, TCP
+from fastrecv.modulo import Modulo
+from tests.kernel.steering import IP_FREEBIND, PORT, TCP, Stage
 
 Address = IPv4Address | IPv6Address
 _AT_ONCE = 100  # as many as a queue holds in any case
+
+
+def serve(stage: Stage, kind: int, host: str, count: int, only6: bool = False) -> dict[int, socket.socket]:
+    return {slot: stage.serve(str(slot), kind, host, PORT, reuseport=True, only6=only6) for slot in range(count)}
+
+
+def join(shared: Modulo, members: dict[int, socket.socket]) -> None:
+    shared.attach(members[0])
+    for slot, member in members.items():
+        shared.register(slot, member)
 
 
 def random_senders(prefix: str, count: int) -> list[Address]:
