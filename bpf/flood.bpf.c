@@ -2,7 +2,8 @@
 /*
  * The bench's traffic source: gives every frame of a BPF_PROG_RUN the next source port and a correct
  * checksum, then the verdict of the measurement that runs: XDP_PASS into the stack of this namespace,
- * XDP_TX to the peer of the device, or XDP_DROP to see what the source alone costs.
+ * XDP_TX to the peer of the device, or XDP_DROP to see what the source alone costs. A spread flood has a
+ * source address, a destination address and a payload for every source as well.
  *
  * It runs on one CPU at a time, so its counters need no atomics.
  */
@@ -10,17 +11,58 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
-/* Set before load; the verifier knows them as constants. */
+/* Set before load; the verifier knows them as constants. Offsets are in bytes from the start of the frame. */
 const volatile __u32 sources = 1;     /* how many source ports take turns */
 const volatile __u32 first_port = 1;  /* the lowest of them */
-const volatile __u32 port_offset;     /* bytes from the start of the frame to the source port */
-const volatile __u32 checksum_offset; /* the same for the transport checksum */
-const volatile __u32 partial_sum;     /* one's complement sum of all the checksum covers,
-                                         with source port and checksum taken as 0 (RFC 1071) */
+const volatile __u32 port_offset;     /* to the source port */
+const volatile __u32 checksum_offset; /* to the transport checksum */
 
+/* Of a spread flood. */
+const volatile __u32 spread;
+const volatile __u32 destinations = 1;   /* how many destination addresses take turns, a power of two */
+const volatile __u32 source_offset;      /* to the last 16 bits of the source address */
+const volatile __u32 destination_offset; /* to the same of the destination address */
+const volatile __u32 payload_offset;     /* 0: none */
+const volatile __u32 header_offset;      /* to the checksum of an IPv4 header; 0: IPv6, which has none */
+const volatile __u32 header_sum;         /* one's complement sum of that header, with what is written taken as 0 */
+
+/* One's complement sum of all the transport checksum covers, with what is written taken as 0 (RFC 1071). */
+volatile __u32 partial_sum;
 volatile __u32 verdict = XDP_DROP;
 __u32 next_source;
 __u64 frames;
+
+static __always_inline __u16 complement(__u32 sum)
+{
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return ~sum;
+}
+
+/* Write what else of a source is its own; gives what that adds to the sum of the transport checksum, -1 for a frame
+ * that is too short. A source's port is the last 16 bits of its address and the beginning of its payload, too. */
+static __always_inline long spread_out(struct xdp_md *ctx, __u16 word, __u16 to)
+{
+	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	__u16 *source = data + source_offset, *destination = data + destination_offset;
+	__u16 *payload = data + payload_offset, *header = data + header_offset;
+
+	if ((void *)(source + 1) > end || (void *)(destination + 1) > end)
+		return -1;
+	*source = word;
+	*destination = to;
+	if (header_offset) {
+		if ((void *)(header + 1) > end)
+			return -1;
+		*header = complement(header_sum + word + to);
+	}
+	if (!payload_offset)
+		return word + to;
+	if ((void *)(payload + 1) > end)
+		return -1;
+	*payload = word;
+	return 2 * word + to;
+}
 
 SEC("xdp")
 int flood(struct xdp_md *ctx)
@@ -29,19 +71,24 @@ int flood(struct xdp_md *ctx)
 	__be16 *port = data + port_offset, *checksum = data + checksum_offset;
 	__u32 source = next_source;
 	__u32 sum;
+	long more;
 
 	if ((void *)(port + 1) > end || (void *)(checksum + 1) > end)
 		return XDP_ABORTED; /* user space gave a frame shorter than its headers */
 
 	/*
-	 * Pages come back from the stack without being rewritten: both fields are written absolutely, never
-	 * computed from what stands in the frame.
+	 * Pages come back from the stack without being rewritten: all is written absolutely, never computed
+	 * from what stands in the frame.
 	 */
 	*port = bpf_htons(first_port + source);
 	sum = partial_sum + *port;
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = ~sum & 0xffff;
+	if (spread) {
+		more = spread_out(ctx, *port, bpf_htons(source & (destinations - 1)));
+		if (more < 0)
+			return XDP_ABORTED;
+		sum += more;
+	}
+	sum = complement(sum);
 	*checksum = sum ? sum : 0xffff; /* RFC 768: a computed 0 is sent as all ones */
 
 	next_source = source + 1 < sources ? source + 1 : 0;

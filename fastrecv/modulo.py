@@ -26,7 +26,7 @@ from fastrecv.errors import StateError
 from fastrecv.jhash import jhash
 from fastrecv.steerable import check_member, protocol_of
 
-__all__ = ["SLOTS", "Modulo", "moved", "write_object"]
+__all__ = ["SLOTS", "Modulo", "moved", "slot_of", "write_object"]
 
 SLOTS = 128  # of bpf/modulo.bpf.c, and of the original as it is built
 _TARGETS = {"tcp": "tcp_balancing_targets", "udp": "udp_balancing_targets"}
@@ -108,10 +108,7 @@ class Modulo:
 
     def index(self, sender: IPv4Address | IPv6Address) -> int:
         """The slot of a sender, as the program finds it; a mapped address (::ffff:a.b.c.d) is IPv4."""
-        mapped = sender.ipv4_mapped if isinstance(sender, IPv6Address) else None
-        packed = (mapped or sender).packed
-        words = [int.from_bytes(packed[start : start + 4]) for start in range(0, len(packed), 4)]
-        return jhash(words if len(words) == 4 else [*words, 0, 0], self.nonce) % self.size
+        return slot_of(sender, self.size, self.nonce)
 
     def attach(self, sock: socket.socket) -> None:
         """Attach the program to a socket's group, in the place of any other. SocketRefusedError.
@@ -210,6 +207,14 @@ class Modulo:
                     f"{path} has another layout: {words.format(*layout)} there, {words.format(*wanted)} here: another "
                     "program's, or built for another number of slots; choose another root, or remove it"
                 )
+
+
+def slot_of(sender: IPv4Address | IPv6Address, size: int, nonce: int) -> int:
+    """The slot of a sender; a mapped address (::ffff:a.b.c.d) is IPv4."""
+    mapped = sender.ipv4_mapped if isinstance(sender, IPv6Address) else None
+    packed = (mapped or sender).packed
+    words = [int.from_bytes(packed[start : start + 4]) for start in range(0, len(packed), 4)]
+    return jhash(words if len(words) == 4 else [*words, 0, 0], nonce) % size
 
 
 def moved(before: int, after: int) -> float:

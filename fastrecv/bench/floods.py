@@ -1,17 +1,19 @@
 """The four floods of the cover letter: what each frame looks like, which socket takes it, which counter shows it.
 
 One source address, many source ports, one destination: zero-length UDP datagrams for a socket whose filter drops
-everything, or TCP SYNs for a listener that never accepts and answers each with a SYN cookie.
+everything, or TCP SYNs for a listener that never accepts and answers each with a SYN cookie. A flood can be spread,
+too: every source then has an address of its own, and a payload, and there are many destinations.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from errno import EINTR
 from ipaddress import ip_address
 from types import TracebackType
@@ -19,12 +21,24 @@ from typing import Self
 
 import numpy as np
 
-from fastrecv.bench.lab import FAR_IP4, FAR_IP6, HOST_IP4, HOST_IP6, Lab
+from fastrecv.bench.lab import (
+    FAR_IP4,
+    FAR_IP6,
+    HOST_IP4,
+    HOST_IP6,
+    MANY_FAR_IP4,
+    MANY_FAR_IP6,
+    MANY_HOST_IP4,
+    MANY_HOST_IP6,
+    Lab,
+)
 from fastrecv.bpf import Object, packaged
 from fastrecv.errors import BpfError
+from fastrecv.policies import Sender
 from fastrecv.sockets import drop_everything
 
 __all__ = [
+    "DESTINATIONS",
     "FIRST_SOURCE_PORT",
     "FLOODS",
     "MAX_SOURCES",
@@ -41,17 +55,28 @@ __all__ = [
 PORT = 9  # discard; the letter's port is not named
 FIRST_SOURCE_PORT = 1024
 MAX_SOURCES = 65536 - FIRST_SOURCE_PORT
+DESTINATIONS = 256  # of a spread flood
 
 XDP_DROP, XDP_PASS, XDP_TX = 1, 2, 3  # enum xdp_action, include/uapi/linux/bpf.h
 
 _ETHERTYPES = {socket.AF_INET: 0x0800, socket.AF_INET6: 0x86DD}
 _HOST = {socket.AF_INET: HOST_IP4, socket.AF_INET6: HOST_IP6}
 _FAR = {socket.AF_INET: FAR_IP4, socket.AF_INET6: FAR_IP6}
+_MANY_HOST = {socket.AF_INET: MANY_HOST_IP4, socket.AF_INET6: MANY_HOST_IP6}
+_MANY_FAR = {socket.AF_INET: MANY_FAR_IP4, socket.AF_INET6: MANY_FAR_IP6}
+_ANY = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}  # noqa: S104 - of a private namespace
+_ETHERNET = 14  # bytes of its header
 
 
 @dataclass(frozen=True)
 class Flood:
-    """One flood. `counter` is (file below /proc/net, row, name) of what counts every packet that got to the end."""
+    """One flood.
+
+    counter : (file below /proc/net, row, name) of what counts every packet that got to the end. port : where it goes.
+    payload : what every frame carries, up to 3,000 bytes: a live frame is one page, less what the kernel keeps there.
+    spread : sources differ in address and in the first two bytes of their payload as well, and there are DESTINATIONS:
+    see `sender`. Its lab must be open_to_many().
+    """
 
     name: str
     title: str
@@ -59,29 +84,49 @@ class Flood:
     protocol: int
     counter: tuple[str, str, str]
     symbol: str  # the lookup function whose CPU share the letter gives
+    port: int = PORT
+    payload: bytes = b""
+    spread: bool = False
 
     @property
     def destination(self) -> str:
-        return _HOST[self.family]
+        """The first one of a spread flood."""
+        return (_MANY_HOST if self.spread else _HOST)[self.family]
+
+    @property
+    def bound(self) -> str:
+        """Where the sink listens: at the destination, or at any."""
+        return _ANY[self.family] if self.spread else self.destination
 
     @property
     def source(self) -> str:
-        return _FAR[self.family]
+        """Of a spread flood with its last 16 bits 0."""
+        return (_MANY_FAR if self.spread else _FAR)[self.family]
 
-    def transport(self, payload: bytes = b"") -> tuple[bytes, int]:
-        """The transport header with source port and checksum 0 and the payload, and the offset of its checksum."""
+    def sender(self, number: int) -> Sender:
+        """One of the sources, from 0, as a policy sees its packets."""
+        port = FIRST_SOURCE_PORT + number
+        source, destination, payload = ip_address(self.source), ip_address(self.destination), self.payload
+        if self.spread:
+            source, destination = source + port, destination + number % DESTINATIONS
+            payload = struct.pack("!H", port) + payload[2:] if payload else b""
+        return Sender(source, port, destination, self.port, payload)
+
+    def transport(self) -> tuple[bytes, int]:
+        """The transport header and the payload, with 0 for what is a source's own; the offset of the checksum."""
+        payload = bytes(2) + self.payload[2:] if self.spread and self.payload else self.payload
         if self.protocol == socket.IPPROTO_UDP:
-            return struct.pack("!HHHH", 0, PORT, 8 + len(payload), 0) + payload, 6  # RFC 768
+            return struct.pack("!HHHH", 0, self.port, 8 + len(payload), 0) + payload, 6  # RFC 768
         flags, window = 5 << 12 | 0x002, 64240  # header of 5 words, SYN
-        return struct.pack("!HHIIHHHH", 0, PORT, 1, 0, flags, window, 0, 0) + payload, 16  # RFC 9293
+        return struct.pack("!HHIIHHHH", 0, self.port, 1, 0, flags, window, 0, 0) + payload, 16  # RFC 9293
 
-    def frame(self, lab: Lab, payload: bytes = b"") -> tuple[bytes, int, int, int]:
+    def frame(self, lab: Lab) -> tuple[bytes, int, int, int]:
         """An Ethernet frame for the host; the offsets of its source port and checksum; what the checksum covers.
 
         The last is the one's complement sum of the pseudo header, the transport header and the payload (RFC 1071), in
         this machine's byte order, with source port and checksum taken as 0.
         """
-        segment, checksum = self.transport(payload)
+        segment, checksum = self.transport()
         source, destination = ip_address(self.source).packed, ip_address(self.destination).packed
         if self.family == socket.AF_INET:
             without = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(segment), 0, 0, 64, self.protocol, 0,
@@ -94,6 +139,20 @@ class Flood:
         ethernet = lab.host_mac + lab.far_mac + struct.pack("!H", _ETHERTYPES[self.family])
         start = len(ethernet) + len(network)
         return ethernet + network + segment, start, start + checksum, _sum(pseudo + segment)
+
+    def spreading(self, lab: Lab) -> dict[str, int]:
+        """The constants of flood.bpf.c that make it spread."""
+        if not self.spread:
+            return {}
+        frame, start, *_ = self.frame(lab)
+        found = {"spread": 1, "destinations": DESTINATIONS, "payload_offset": start + 8 if self.payload else 0}
+        if self.family == socket.AF_INET6:
+            return found | {"source_offset": _ETHERNET + 22, "destination_offset": _ETHERNET + 38}  # RFC 8200
+        header = frame[_ETHERNET:start]
+        return found | {
+            "source_offset": _ETHERNET + 14, "destination_offset": _ETHERNET + 18, "header_offset": _ETHERNET + 10,
+            "header_sum": _sum(header[:10] + bytes(2) + header[12:]),
+        }  # RFC 791 # fmt: skip
 
 
 _LOOKUP = {"udp4": "__udp4_lib_lookup", "udp6": "__udp6_lib_lookup",
@@ -128,7 +187,7 @@ def open_sink(flood: Flood, lab: Lab) -> Iterator[socket.socket]:
     with lab.host:
         sink = socket.socket(flood.family, kind)
     with sink:
-        sink.bind((flood.destination, PORT))
+        sink.bind((flood.bound, flood.port))
         if kind == socket.SOCK_DGRAM:
             drop_everything(sink)
         else:
@@ -139,21 +198,29 @@ def open_sink(flood: Flood, lab: Lab) -> Iterator[socket.socket]:
 class Source:
     """The traffic source of one flood: the program flood.bpf.c with the flood's frame. A context manager.
 
-    payload : what every frame carries, up to 3,000 bytes: a live frame is one page, less what the kernel keeps there.
+    Attributes: flood.
     """
 
-    def __init__(self, flood: Flood, lab: Lab, sources: int, payload: bytes = b"") -> None:
-        self._frame, port_offset, checksum_offset, partial_sum = flood.frame(lab, payload)
+    def __init__(self, flood: Flood, lab: Lab, sources: int) -> None:
+        self.flood, self._lab = flood, lab
+        self._frame, port_offset, checksum_offset, self._partial_sum = flood.frame(lab)
         self._object: Object = packaged("flood")
         self._object.set(
             sources=sources,
             first_port=FIRST_SOURCE_PORT,
             port_offset=port_offset,
             checksum_offset=checksum_offset,
-            partial_sum=partial_sum,
+            partial_sum=self._partial_sum,
+            **flood.spreading(lab),
         )
         self._program = self._object.load().programs["flood"]
-        self._lab = lab
+
+    def aimed(self, port: int) -> Self:
+        """The same program, with frames for another port. It ends with this one."""
+        other = copy.copy(self)
+        other.flood = replace(self.flood, port=port)
+        other._frame, _, _, other._partial_sum = other.flood.frame(self._lab)
+        return other
 
     @property
     def frames(self) -> int:
@@ -183,7 +250,7 @@ class Source:
 
     def _run(self, verdict: int, packets: int) -> int | None:
         """One call into the kernel. None when it was interrupted: what was sent is in `frames`, the time is lost."""
-        self._object.set(verdict=verdict)
+        self._object.set(verdict=verdict, partial_sum=self._partial_sum)
         ifindex = self._lab.far_index if verdict == XDP_TX else self._lab.host_index
         try:
             return self._program.run_live(self._frame, ifindex, packets)

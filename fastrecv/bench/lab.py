@@ -5,8 +5,9 @@
     XDP program `swallow`              the sockets under flood
 
 The namespaces have no name and no pin: they exist while this process (or a socket of it) holds them, so even SIGKILL
-leaves nothing behind. All addresses are constants from the documentation ranges (RFC 5737, RFC 3849): nobody can point
-the traffic source anywhere else, and there is no route out of the lab.
+leaves nothing behind. All addresses are constants from the ranges for documentation (RFC 5737, RFC 3849) and, where
+there are many, for benchmarking (RFC 2544, RFC 5180): nobody can point the traffic source anywhere else, and there is
+no route out of the lab.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ __all__ = [
     "FAR_IP6",
     "HOST_IP4",
     "HOST_IP6",
+    "MANY_FAR_IP4",
+    "MANY_FAR_IP6",
+    "MANY_HOST_IP4",
+    "MANY_HOST_IP6",
     "BenchBusyError",
     "Lab",
     "private_bpffs",
@@ -42,6 +47,9 @@ __all__ = [
 
 HOST_IP4, FAR_IP4 = "192.0.2.1", "192.0.2.2"
 HOST_IP6, FAR_IP6 = "2001:db8::1", "2001:db8::2"
+# Networks whose last 16 bits vary.
+MANY_HOST_IP4, MANY_FAR_IP4 = "198.19.0.0", "198.18.0.0"
+MANY_HOST_IP6, MANY_FAR_IP6 = "2001:2:0:2::", "2001:2:0:1::"
 
 
 class Lab:
@@ -82,6 +90,7 @@ class Lab:
             net.addr("add", index=self.host_index, address=HOST_IP6, prefixlen=64, flags=IFA_F_NODAD)
         for address in (FAR_IP4, FAR_IP6) if ipv6 else (FAR_IP4,):
             net.neigh("add", dst=address, lladdr=self.far_mac.hex(":"), ifindex=self.host_index, state="permanent")
+        self._ipv6 = ipv6
         net.link("set", index=self.host_index, state="up")
         far_net.link("set", index=self.far_index, state="up")
         swallow = self._undo.enter_context(packaged("swallow"))
@@ -93,6 +102,16 @@ class Lab:
         if wire:
             with self.host:
                 _receive_offload("host0")
+
+    def open_to_many(self) -> None:
+        """Let the host have, and answer to, all addresses of the networks whose last 16 bits vary."""
+        families = [(socket.AF_INET, MANY_HOST_IP4, MANY_FAR_IP4, FAR_IP4, 16)]
+        if self._ipv6:
+            families.append((socket.AF_INET6, MANY_HOST_IP6, MANY_FAR_IP6, FAR_IP6, 112))
+        for family, here, there, gateway, length in families:
+            local = {"type": "local", "table": 255, "scope": 254}  # ip-route(8): local, table local, scope host
+            self._net.route("add", family=family, dst=f"{here}/{length}", oif=self.host_index, **local)
+            self._net.route("add", family=family, dst=f"{there}/{length}", gateway=gateway, oif=self.host_index)
 
     @contextlib.contextmanager
     def swallowing(self) -> Iterator[None]:

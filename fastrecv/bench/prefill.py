@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -47,9 +48,9 @@ class Injection:
     """Live frames from `sources` ports of one address, each a datagram of its own: they bypass GRO."""
 
     def __init__(self, lab: Lab, payload: bytes, sources: int, flood: str = "udp4") -> None:
-        self._flood = FLOODS[flood]
+        self._flood = replace(FLOODS[flood], payload=payload)
         self._lab = lab
-        self._source = Source(self._flood, lab, sources, payload)
+        self._source = Source(self._flood, lab, sources)
 
     def open(self, datagrams: int) -> socket.socket:
         return _open(self._lab, self._flood.family, self._flood.destination, datagrams)

@@ -57,7 +57,7 @@ def shares(stage: Stage, event: str, seconds: float) -> None:
     for row in _profiled(stage):
         with tempfile.TemporaryDirectory() as folder:
             data = f"{folder}/perf.data"
-            with row.attach(), flowing(stage, XDP_PASS, _BURST), pinned(*(others or {stage.cpu})):
+            with row.attach(), flowing(stage, row, XDP_PASS, _BURST), pinned(*(others or {stage.cpu})):
                 # BPF symbols are in kallsyms; asking for BPF events would cost a second more.
                 recorded = _perf(
                     "record", "-q", "--no-bpf-event", "-e", event, "-F", str(_HERTZ), "-C", str(stage.cpu), "-g",
@@ -87,10 +87,10 @@ def runs(stage: Stage) -> Gate:
         if row.program is None:
             continue
         with pinned(stage.cpu), stage.lab.host, row.attach():
-            stage.source.send(XDP_PASS, _RUNS_WARMUP)
+            row.source.send(XDP_PASS, _RUNS_WARMUP)
             with Statistics():
                 before = row.program.info
-                stage.source.send(XDP_PASS, _RUNS)
+                row.source.send(XDP_PASS, _RUNS)
                 after = row.program.info
         ran = after.run_count - before.run_count
         if ran != _RUNS:

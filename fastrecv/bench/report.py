@@ -5,7 +5,7 @@ from __future__ import annotations
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fastrecv.bench import drawing, letter, plots
+from fastrecv.bench import drawing, letter, plots, steer_plots
 from fastrecv.bench.results import Flood, Result
 from fastrecv.bench.tables import blocks_of
 
@@ -28,7 +28,8 @@ _CAPTIONS = {
 
 def figure(result: Result) -> str:
     """The main plot as an SVG file of its own, which follows the reader's light or dark."""
-    return drawing.standalone(plots.scale(result) if result.kind == "scale" else plots.forest(result))
+    draw = {"flood": plots.forest, "scale": plots.scale, "steer": steer_plots.steer}[result.kind]
+    return drawing.standalone(draw(result))
 
 
 def findings(flood: Flood) -> list[str]:

@@ -12,6 +12,7 @@ __all__ = [
     "Flood",
     "Gate",
     "Interval",
+    "Kind",
     "ProgramRun",
     "Result",
     "ResultError",
@@ -21,6 +22,7 @@ __all__ = [
     "load",
 ]
 
+Kind = Literal["flood", "scale", "steer"]
 Mode = Literal["inject", "wire"]
 Verdict = Literal["reference", "noise floor", "slower", "faster", "not resolved", "source alone"]
 
@@ -77,7 +79,8 @@ class Configuration(_Record, kw_only=True):
 
     ns : mean nanoseconds a packet took, window by window (in inject mode whole ones, as the kernel gives them).
     sent, counted : packets of window and warm-up together, as the source sent them and as the stack's counter saw
-    them. entries : size of the rule set, where it has one.
+    them. entries : size of the rule set, where it has one. against : another row, of the same block, that it is
+    compared with as well.
     """
 
     name: str
@@ -91,6 +94,9 @@ class Configuration(_Record, kw_only=True):
     outliers: int = 0  # windows outside Tukey's fences; flagged, never dropped
     delta: Interval | None = None  # of rx pps against the baseline of the same block
     verdict: Verdict = "reference"
+    against: str | None = None
+    change: Interval | None = None  # of rx pps against that row
+    change_verdict: Verdict | None = None
     share: Share | None = None
     run: ProgramRun | None = None
 
@@ -144,7 +150,7 @@ class Result(_Record, kw_only=True):
     """One run of the bench."""
 
     schema: Literal[1] = 1
-    kind: Literal["flood", "scale"]
+    kind: Kind
     mode: Mode
     version: str  # of fastrecv
     started: str  # ISO 8601, UTC

@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 
 from fastrecv import features
-from fastrecv.bench import environment, prefixes, profile, sampler, stats
+from fastrecv.bench import environment, profile, sampler, stats
 from fastrecv.bench.floods import FLOODS
 from fastrecv.bench.lab import quick_grace_periods
 from fastrecv.bench.results import Flood, Result
-from fastrecv.bench.stage import Plan, Stage, open_stage, refuse_foreign_programs
+from fastrecv.bench.stage import Plan, Stage, refuse_foreign_programs
 
 __all__ = ["NEEDS", "run"]
 
@@ -61,7 +61,7 @@ def _run(plan: Plan, on_progress: OnProgress) -> Result:
         seed=plan.seed,
         cpu=plan.cpu,
         sources=plan.sources,
-        prefixes=prefixes.describe([entries for _, entries in plan.programs if entries], plan.seed),
+        prefixes=plan.rule_sets,
         environment=known,
     )
     event = None
@@ -72,7 +72,7 @@ def _run(plan: Plan, on_progress: OnProgress) -> Result:
             result.warnings.append(str(error))
     for name in plan.floods:
         on_progress(name, "measuring", None)
-        flood = sampler.measure(FLOODS[name], plan, lambda stage: on_progress(stage.flood.name, "", stage))
+        flood = sampler.measure(plan.flood(name), plan, lambda stage: on_progress(stage.flood.name, "", stage))
         result.floods.append(flood)
         sound = all(gate.passed for gate in flood.gates)
         if sound:
@@ -89,10 +89,11 @@ def _run(plan: Plan, on_progress: OnProgress) -> Result:
 
 
 def _profile(flood: Flood, plan: Plan, event: str | None, result: Result) -> None:
-    with open_stage(flood, plan) as stage:
+    with plan.open(flood) as stage:
         flood.gates.append(profile.runs(stage))
         if event is not None:
             try:
                 profile.shares(stage, event, _SHARE_SECONDS)
             except profile.ProfileError as error:
                 result.warnings.append(f"{flood.name}: {error}")
+        flood.gates += plan.prove(stage)

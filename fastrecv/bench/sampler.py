@@ -16,9 +16,7 @@ from fastrecv.bench.stage import (
     Plan,
     Row,
     Stage,
-    configurations,
     flowing,
-    open_stage,
     pinned,
     refuse_foreign_programs,
 )
@@ -54,14 +52,14 @@ def measure(flood: floods.Flood, plan: Plan, on_block: OnBlock) -> Flood:
         counter=" ".join(filter(None, flood.counter)),
         window_packets=window,
         warmup_packets=warmup,
-        configurations=configurations(plan),
+        configurations=plan.configurations(flood.name),
     )
     rng = np.random.default_rng(plan.seed)
     began, wrong, foreign = time.monotonic(), "", ""
     try:
         while record.seconds < plan.flood_seconds and not wrong:
             before = time.monotonic()
-            with open_stage(record, plan) as stage:
+            with plan.open(record) as stage:
                 serve = max(_SETUP_SECONDS, 3 * (time.monotonic() - before))  # large rule sets take long to load
                 (_wire if plan.wire else _inject)(stage, _blocks(stage, serve, rng, on_block))
             wrong = _miscount(record)
@@ -127,18 +125,19 @@ def _inject(stage: Stage, blocks: Iterator[Row]) -> None:
 
     The wall clock of a call would be mostly its set-up. The count of a window includes its warm-up.
     """
-    source, counter, record = stage.source, stage.counter, stage.record
+    counter, record = stage.counter, stage.record
     with pinned(stage.cpu), stage.lab.host:
-        counted, frames = counter.read(), source.frames
+        counted = counter.read()
         for row in blocks:
+            source, frames = row.source, row.source.frames
             verdict = XDP_DROP if row.harness else XDP_PASS
             with row.attach():
                 source.send(verdict, record.warmup_packets)
                 row.configuration.ns.append(source.send(verdict, record.window_packets))
-            now, sent = counter.read(), source.frames
+            now = counter.read()
             row.configuration.counted.append(now - counted)
-            row.configuration.sent.append(sent - frames)
-            counted, frames = now, sent
+            row.configuration.sent.append(source.frames - frames)
+            counted = now
 
 
 def _wire(stage: Stage, blocks: Iterator[Row]) -> None:
@@ -146,15 +145,15 @@ def _wire(stage: Stage, blocks: Iterator[Row]) -> None:
 
     Frames lost on the way fail the gate like any other miscount.
     """
-    source, counter, lab = stage.source, stage.counter, stage.lab
+    counter, lab = stage.counter, stage.lab
     for row in blocks:
-        counted, frames, arrived = counter.read(), source.frames, lab.received()
-        with row.attach(), flowing(stage, XDP_TX, _WIRE_BURST):
+        counted, frames, arrived = counter.read(), row.source.frames, lab.received()
+        with row.attach(), flowing(stage, row, XDP_TX, _WIRE_BURST):
             time.sleep(_WIRE_WARMUP)
             began, before = time.monotonic(), lab.received()
             time.sleep(_WIRE_WINDOW)
             passed, packets = time.monotonic() - began, lab.received() - before
-        sent = source.frames - frames
+        sent = row.source.frames - frames
         deadline = time.monotonic() + _WIRE_SETTLE
         while lab.received() - arrived < sent and time.monotonic() < deadline:
             time.sleep(0.001)  # ksoftirqd may still have some in the ring

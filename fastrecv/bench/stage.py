@@ -6,19 +6,20 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 from fastrecv.bench import floods
 from fastrecv.bench.floods import FLOODS, XDP_TX, Counter, Source, open_sink
 from fastrecv.bench.lab import Lab
+from fastrecv.bench.prefixes import describe
 from fastrecv.bench.programs import PROGRAMS, selects
-from fastrecv.bench.results import Configuration, Flood
+from fastrecv.bench.results import Configuration, Flood, Gate, Kind
 from fastrecv.bpf import Program, packaged, program_info, sk_lookup_links
 from fastrecv.netns import Namespace
+from fastrecv.policies import Sender
 
 __all__ = [
     "ForeignProgramError",
@@ -26,21 +27,30 @@ __all__ = [
     "Row",
     "SelectionError",
     "Stage",
-    "configurations",
     "flowing",
-    "open_stage",
     "pinned",
     "refuse_foreign_programs",
 ]
 
 
+_Traffic = floods.Flood  # a plan has floods of its own
+
+
 @dataclass
 class Row:
-    """A configuration as it runs: `attach` holds for one window; `program` is set where sk_lookup runs one here."""
+    """A configuration as it runs.
+
+    members : the sockets under flood. attach : holds for one window. program : is set where the kernel runs one of
+    eBPF for every packet here. chosen : gives the index of the member that a source's packets must come to, where one
+    is chosen by a rule that user space knows, too.
+    """
 
     configuration: Configuration
+    source: Source
+    members: Sequence[socket.socket]
     attach: Callable[[], AbstractContextManager[object]] = nullcontext
     program: Program | None = None
+    chosen: Callable[[Sender], int | None] | None = None
 
     @property
     def harness(self) -> bool:
@@ -54,9 +64,11 @@ class Plan:
 
     floods : names in FLOODS. programs : (name in PROGRAMS, entries of its rule set), in the order of the rows.
     seconds : for each flood; in wire mode for each configuration. profiled : with CPU shares.
+
+    What measures asks it for the flood of a name, its configurations and its set-up, and for gates of its own.
     """
 
-    kind: Literal["flood", "scale"]
+    kind: Kind
     floods: list[str]
     programs: list[tuple[str, int]]
     seconds: float
@@ -69,7 +81,27 @@ class Plan:
     @property
     def flood_seconds(self) -> float:
         """For how long the blocks of one flood are to run."""
-        return self.seconds * len(configurations(self)) if self.wire else self.seconds
+        return self.seconds * len(self.configurations(self.floods[0])) if self.wire else self.seconds
+
+    @property
+    def rule_sets(self) -> str:
+        """In words, for reports."""
+        return describe([entries for _, entries in self.programs if entries], self.seed)
+
+    def flood(self, name: str) -> _Traffic:
+        return FLOODS[name]
+
+    def configurations(self, flood: str) -> list[Configuration]:  # noqa: ARG002 - of each flood the same ones
+        """The rows of a flood, empty."""
+        return _configurations(self)
+
+    def open(self, record: Flood) -> AbstractContextManager[Stage]:
+        """Set the flood of `record` up; its configurations become the rows."""
+        return _open(record, self)
+
+    def prove(self, stage: Stage) -> list[Gate]:  # noqa: ARG002 - what is attached is asked at every set-up
+        """Gates, in a pass of their own; the stage is not used after them."""
+        return []
 
 
 @dataclass
@@ -79,8 +111,6 @@ class Stage:
     flood: floods.Flood
     record: Flood
     lab: Lab
-    sink: socket.socket
-    source: Source
     counter: Counter
     cpu: int
     rows: list[Row]
@@ -127,7 +157,7 @@ def _attached(program: Program, namespace: Namespace) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def flowing(stage: Stage, verdict: int, burst: int) -> Iterator[None]:
+def flowing(stage: Stage, row: Row, verdict: int, burst: int) -> Iterator[None]:
     """The source sends without a pause, `burst` frames a call, from its own thread on the pinned CPU."""
     stop = threading.Event()
     failures: list[BaseException] = []
@@ -136,7 +166,7 @@ def flowing(stage: Stage, verdict: int, burst: int) -> Iterator[None]:
         try:
             with pinned(stage.cpu), stage.lab.far if verdict == XDP_TX else stage.lab.host:
                 while not stop.is_set():
-                    stage.source.send(verdict, burst)
+                    row.source.send(verdict, burst)
         except BaseException as error:  # handed to the thread that waits
             failures.append(error)
 
@@ -151,8 +181,7 @@ def flowing(stage: Stage, verdict: int, burst: int) -> Iterator[None]:
         raise failures[0]
 
 
-def configurations(plan: Plan) -> list[Configuration]:
-    """The rows of a run, empty."""
+def _configurations(plan: Plan) -> list[Configuration]:
     names = [name for name, _ in plan.programs]
     attached = [
         Configuration(
@@ -174,9 +203,8 @@ def configurations(plan: Plan) -> list[Configuration]:
 
 
 @contextlib.contextmanager
-def open_stage(record: Flood, plan: Plan) -> Iterator[Stage]:
-    """Set the flood of `record` up; its configurations become the rows."""
-    flood = FLOODS[record.name]
+def _open(record: Flood, plan: Plan) -> Iterator[Stage]:
+    flood = plan.flood(record.name)
     baseline, again, no_program, *attached, harness = record.configurations
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab(wire=plan.wire))
@@ -185,11 +213,12 @@ def open_stage(record: Flood, plan: Plan) -> Iterator[Stage]:
         counter = stack.enter_context(Counter(lab, flood.counter))
         elsewhere = stack.enter_context(contextlib.closing(Namespace()))
         decoy = stack.enter_context(packaged("decoy")).load().programs["decoy"]
-        rows = [Row(baseline), Row(again), Row(no_program, partial(_attached, decoy, elsewhere))]
+        row = partial(Row, source=source, members=[sink])
+        rows = [row(baseline), row(again), row(no_program, attach=partial(_attached, decoy, elsewhere))]
         for configuration, (name, entries) in zip(attached, plan.programs, strict=True):
             program = stack.enter_context(PROGRAMS[name].open(flood, sink, entries, plan.seed))
             if not selects(program, flood, sink):
                 raise SelectionError(f"{configuration.name} does not assign the sink to the packets of {flood.name}")
-            rows.append(Row(configuration, partial(_attached, program, lab.host), program))
-        rows.append(Row(harness, lab.swallowing if plan.wire else nullcontext))
-        yield Stage(flood, record, lab, sink, source, counter, plan.cpu, rows)
+            rows.append(row(configuration, attach=partial(_attached, program, lab.host), program=program))
+        rows.append(row(harness, attach=lab.swallowing if plan.wire else nullcontext))
+        yield Stage(flood, record, lab, counter, plan.cpu, rows)

@@ -94,12 +94,16 @@ def summarise(flood: Flood) -> None:
             row.verdict = "source alone"
         elif row is not baseline:
             row.delta = estimate(baseline.ns, row.ns, flood.setups)
+        if row.against is not None:
+            row.change = estimate(flood.row(row.against).ns, row.ns, flood.setups)
     enough = len(flood.order) >= MIN_BLOCKS
     for row in flood.configurations:
         if row.name == "again":
             row.verdict = "noise floor"
         elif row.delta is not None:
             row.verdict = judge(row.delta, flood.noise) if enough else "not resolved"
+        if row.change is not None:
+            row.change_verdict = judge(row.change, flood.noise) if enough else "not resolved"
     if enough:
         wide = estimate(baseline.ns, flood.row("again").ns, flood.setups, 0.999, _WIDE_RESAMPLES)
         flood.gates.append(

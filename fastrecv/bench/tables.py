@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from fastrecv.bench import letter
 from fastrecv.bench.results import Configuration, Flood, Interval, Result
 
-__all__ = ["blocks_of", "flood_tables", "interval", "markdown", "render", "signed"]
+__all__ = ["blocks_of", "flood_tables", "foot", "head", "interval", "markdown", "render", "signed"]
 
 
 def signed(value: float | None, places: int = 1, unit: str = " %") -> str:
@@ -82,26 +82,34 @@ def _shares(flood: Flood, sampled: list[Configuration]) -> str:
     return markdown(header, lines)
 
 
-def render(result: Result) -> str:
-    """The whole of a result as text."""
+def head(result: Result, traffic: str) -> str:
+    """What was measured on what; `traffic` is the second line."""
     environment = result.environment
-    head = (
+    return (
         f"fastrecv {result.version} · {result.kind} · mode {result.mode} · {environment.get('kernel', '?')} · "
         f"{environment.get('CPU', '?')}, {environment.get('CPUs', '?')} CPUs, flood on CPU {result.cpu} · "
-        f"{result.started}\n"
-        f"{result.sources:,} sources · rule sets: {result.prefixes}"
+        f"{result.started}\n{traffic}"
     )
-    parts = [head, *(flood_tables(flood) for flood in result.floods)]
-    parts.append(
-        "The letter's Δ were taken on another machine, kernel and network card"
-        + (", through a driver: a shape to compare with." if result.mode == "wire" else
-           "; there is no driver in our denominator, so ours read larger: a shape to compare with.")
-    )  # fmt: skip
-    if result.warnings:
-        parts.append("\n".join(f"WARNING: {warning}" for warning in result.warnings))
+
+
+def foot(result: Result) -> list[str]:
+    """Warnings and gates."""
+    parts = ["\n".join(f"WARNING: {warning}" for warning in result.warnings)] if result.warnings else []
     failed = result.failed_gates
     parts += [f"GATE FAILED: {flood.name}, {gate.name}: {gate.detail}" for flood, gate in failed]
     if not failed:
         names = dict.fromkeys(gate.name for flood in result.floods for gate in flood.gates)
         parts.append(f"gates passed: {', '.join(names)}")
-    return "\n\n".join(parts)
+    return parts
+
+
+def render(result: Result) -> str:
+    """The whole of a result as text."""
+    parts = [head(result, f"{result.sources:,} sources · rule sets: {result.prefixes}")]
+    parts += [flood_tables(flood) for flood in result.floods]
+    parts.append(
+        "The letter's Δ were taken on another machine, kernel and network card"
+        + (", through a driver: a shape to compare with." if result.mode == "wire" else
+           "; there is no driver in our denominator, so ours read larger: a shape to compare with.")
+    )  # fmt: skip
+    return "\n\n".join([*parts, *foot(result)])

@@ -158,7 +158,7 @@ def test_a_sink_closed_half_way_fails_the_gate(
 
     def close_the_sink(stage: Stage) -> None:
         if len(stage.record.order) >= 3:
-            stage.sink.close()
+            stage.rows[0].members[0].close()
 
     code = in_process(monkeypatch, close_the_sink, "--flood", flood, "--seconds", "5", "--json", str(json_file))
     assert code == 1

@@ -5,14 +5,27 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastrecv.bench.floods import FIRST_SOURCE_PORT, FLOODS, PORT, XDP_DROP, XDP_PASS, Counter, Flood, Source, open_sink
+from fastrecv.bench.floods import (
+    DESTINATIONS,
+    FIRST_SOURCE_PORT,
+    FLOODS,
+    XDP_DROP,
+    XDP_PASS,
+    Counter,
+    Flood,
+    Source,
+    open_sink,
+)
 from fastrecv.bench.lab import Lab, quick_grace_periods
 from fastrecv.bench.programs import PROGRAMS, selects
+from fastrecv.policies import Sender
 
 
 @pytest.fixture
@@ -35,30 +48,63 @@ def ones_complement(data: bytes) -> int:
     return total
 
 
-def test_every_frame_is_well_formed(lab: Lab, flood: Flood) -> None:
+def assert_well_formed(flood: Flood, data: bytes, port_at: int, sender: Sender) -> None:
+    network, transport = data[14:port_at], data[port_at:]
+    source, destination = sender.source.packed, sender.destination.packed
+    if flood.family == socket.AF_INET:
+        assert network[0] == 0x45
+        assert struct.unpack("!H", network[2:4])[0] == len(data) - 14
+        assert ones_complement(network) == 0xFFFF
+        assert network[12:20] == source + destination
+    else:
+        assert struct.unpack("!H", network[4:6])[0] == len(transport)
+        assert network[8:40] == source + destination
+    pseudo = source + destination + struct.pack("!II", len(transport), flood.protocol)
+    assert ones_complement(pseudo + transport) == 0xFFFF
+    assert struct.unpack("!HH", transport[:4]) == (sender.source_port, sender.destination_port)
+    header = 8 if flood.protocol == socket.IPPROTO_UDP else 20
+    assert transport[header:] == sender.payload
+
+
+@pytest.mark.parametrize("spread", [False, True], ids=["constant", "spread"])
+def test_every_frame_is_well_formed(lab: Lab, flood: Flood, spread: bool) -> None:
+    if spread:
+        payload = bytes(8) if flood.protocol == socket.IPPROTO_UDP else b""
+        flood = replace(flood, spread=True, payload=payload, port=4711)
     with Source(flood, lab, 10_000) as source:
         frame, port_at, sum_at, _ = flood.frame(lab)
+        size = len(frame)
+        written = [slice(port_at, port_at + 2), slice(sum_at, sum_at + 2)]
+        if spread and flood.family == socket.AF_INET:
+            written += [slice(24, 26), slice(28, 30), slice(32, 34)]
+        elif spread:
+            written += [slice(36, 38), slice(52, 54)]
         program = source._object.programs["flood"]
-        ports = []
-        for _ in range(2000):
-            data = program.run(frame, room=len(frame)).data
-            network, transport = data[14:port_at], data[port_at:]
-            if flood.family == socket.AF_INET:
-                assert network[0] == 0x45
-                assert struct.unpack("!H", network[2:4])[0] == len(data) - 14
-                assert ones_complement(network) == 0xFFFF
-                addresses = network[12:20]
-            else:
-                assert struct.unpack("!H", network[4:6])[0] == len(transport)
-                addresses = network[8:40]
-            pseudo = addresses + struct.pack("!II", len(transport), flood.protocol)
-            assert ones_complement(pseudo + transport) == 0xFFFF
-            source_port, destination_port = struct.unpack("!HH", transport[:4])
-            assert destination_port == PORT
-            ports.append(source_port)
-            # What the stack did with a page it gives back must not matter: spoil it before its next use.
-            frame = data[:port_at] + bytes([0x5A] * 2) + data[port_at + 2 : sum_at] + b"\x5a\xa5" + data[sum_at + 2 :]
-        assert ports == list(range(FIRST_SOURCE_PORT, FIRST_SOURCE_PORT + 2000))
+        for number in range(2000):
+            data = bytearray(program.run(bytes(frame), room=size).data)
+            assert_well_formed(flood, bytes(data), port_at, flood.sender(number))
+            for place in written:  # what the stack did with a page it gives back must not matter: spoil it
+                data[place] = b"\x5a\xa5"
+            frame = bytes(data)
+    assert len({flood.sender(number) for number in range(10_000)}) == 10_000
+    assert len({flood.sender(number).source for number in range(10_000)}) == (10_000 if spread else 1)
+    assert len({flood.sender(number).destination for number in range(10_000)}) == (DESTINATIONS if spread else 1)
+
+
+@pytest.mark.parametrize("name", list(FLOODS))
+def test_a_spread_flood_is_taken_whole_on_every_port_it_is_aimed_at(lab: Lab, name: str) -> None:
+    """No packet is lost between its addresses and the counter: neither for a checksum nor for want of a route."""
+    flood = replace(FLOODS[name], spread=True, payload=bytes(8) if "udp" in name else b"")
+    lab.open_to_many()
+    with ExitStack() as stack:
+        source = stack.enter_context(Source(flood, lab, 5000))
+        counter = stack.enter_context(Counter(lab, flood.counter))
+        for port in (4711, 4712):
+            stack.enter_context(open_sink(replace(flood, port=port), lab))
+            with lab.host:
+                before = counter.read()
+                assert source.aimed(port).deliver(5000) == 5000
+                assert counter.read() - before == 5000
 
 
 def test_the_sources_take_turns(lab: Lab) -> None:
