@@ -6,7 +6,7 @@ import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import replace
-from errno import EBUSY, EINVAL, ENOENT
+from errno import EBUSY, EINVAL, ENOENT, EPERM
 from ipaddress import IPv4Network, IPv6Network
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
@@ -36,9 +36,9 @@ Network = IPv4Network | IPv6Network
 class Slot(NamedTuple):
     """A slot as it stands.
 
-    state : "active", "empty" (senders have it, no socket does) or "draining" (the reverse: its queue is to be read, and
-    known senders may still come). buckets : how many of policies.BUCKETS. socket : its cookie. leaving : whether it is
-    drained sender by sender. counters : by their names in COUNTERS.
+    state : "active", "empty" (no socket has it) or "draining" (a socket does, but no senders: its queue is to be read,
+    and known senders may still come). buckets : how many of policies.BUCKETS. socket : its cookie. leaving : whether it
+    is drained sender by sender. counters : by their names in COUNTERS.
     """
 
     number: int
@@ -114,9 +114,13 @@ class Balancer:
         try:
             sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_EBPF, self.maps.program.fileno())
         except OSError as error:
-            if error.errno != EINVAL:
-                raise
-            raise _in_no_group(sock) from None
+            if error.errno == EINVAL:
+                raise _in_no_group(sock) from None
+            if error.errno == EPERM:  # it takes no privilege otherwise
+                raise SocketRefusedError(
+                    f"{listeners.described(sock)} has SO_LOCK_FILTER set: attach to another member of its group"
+                ) from None
+            raise
 
     @staticmethod
     def detach(sock: socket.socket) -> None:
@@ -228,6 +232,10 @@ class Balancer:
 
         Read its queue to the end before it is unregistered and closed.
         """
+        return self.weigh(self.without(slot))
+
+    def without(self, slot: int) -> dict[int, int]:
+        """The weights that `drain` would set; StateError where it has no senders, or nobody could take them."""
         _check_slot(slot)
         weights = self.weights
         if slot not in weights:
@@ -235,7 +243,7 @@ class Balancer:
         if len(weights) == 1:
             raise StateError(f"slot {slot} is the only one that has senders: nobody could take them")
         del weights[slot]
-        return self.weigh(weights)
+        return weights
 
     def place(self, prefix: Network, slot: int) -> None:
         """Give a prefix (of what policy.mapped names) a slot of its own, before any hash. The longest prefix wins."""
@@ -258,7 +266,8 @@ class Balancer:
         if self.policy.mapped is None:
             raise StateError("this balancer maps no prefixes: create it with mapped source or destination")
         key = np.zeros(1, self.maps["places"].key_dtype)
-        key["length"] = prefix.prefixlen + (96 if prefix.version == 4 else 0)
+        key["length"] = 32 + prefix.prefixlen + (96 if prefix.version == 4 else 0)
+        key["version"] = prefix.version
         key["address"] = np.frombuffer(number_of(prefix.network_address).to_bytes(16), np.uint8)
         return key
 
@@ -273,7 +282,7 @@ class Balancer:
         for number in range(SLOTS):
             if not (number in present or number in weights or any(counters[number].values())):
                 continue
-            state: State = "draining" if number not in weights else "active" if number in present else "empty"
+            state: State = "empty" if number not in present else "active" if number in weights else "draining"
             found.append(
                 Slot(number, state, weights.get(number, 0), shares.get(number, 0), present.get(number),
                      number in leaving, counters[number])
@@ -309,7 +318,5 @@ def _in_no_group(sock: socket.socket) -> SocketRefusedError:
 
 
 def _network(key: np.void) -> Network:
-    length, packed = int(key["length"]), key["address"].tobytes()
-    if length >= 96 and packed[:12] == bytes(10) + b"\xff\xff":
-        return IPv4Network((packed[12:], length - 96))
-    return IPv6Network((packed, length))
+    length, packed = int(key["length"]) - 32, key["address"].tobytes()
+    return IPv4Network((packed[12:], length - 96)) if key["version"] == 4 else IPv6Network((packed, length))
