@@ -141,17 +141,8 @@ class Balancer:
         take_over : in the place of another that has it, atomically for the packets. SocketRefusedError, with nothing
         changed, where another has it, and where the socket cannot have one.
         """
-        _check_slot(slot)
-        _check_member(sock)
-        present = self.sockets()
-        cookie = listeners.cookie_of(sock)
-        if present.get(slot) == cookie:
+        if not self.check(slot, sock, take_over=take_over):
             return
-        if slot in present and not take_over:
-            raise SocketRefusedError(f"slot {slot} has socket sk:{present[slot]:x}: unregister that, or take it over")
-        for other, holder in present.items():
-            if holder == cookie:
-                raise SocketRefusedError(f"{listeners.described(sock)} has slot {other}: unregister it there first")
         try:
             self.maps["slots"].update([slot], [sock.fileno()])
         except BpfError as error:
@@ -163,6 +154,21 @@ class Balancer:
                     "one place only. For a dispatcher register one more member of the group, which has no slot"
                 ) from None
             raise
+
+    def check(self, slot: int, sock: socket.socket, *, take_over: bool = False) -> bool:
+        """Whether `register` would change anything; SocketRefusedError where it is known to refuse."""
+        _check_slot(slot)
+        _check_member(sock)
+        present = self.sockets()
+        cookie = listeners.cookie_of(sock)
+        if present.get(slot) == cookie:
+            return False
+        if slot in present and not take_over:
+            raise SocketRefusedError(f"slot {slot} has socket sk:{present[slot]:x}: unregister that, or take it over")
+        for other, holder in present.items():
+            if holder == cookie:
+                raise SocketRefusedError(f"{listeners.described(sock)} has slot {other}: unregister it there first")
+        return True
 
     def unregister(self, slot: int) -> None:
         """Empty a slot; nothing where it is empty. Its senders follow the empty-slot policy: drain it first."""

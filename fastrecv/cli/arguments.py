@@ -206,11 +206,11 @@ GROUP_OPTION = click.option("--group", callback=_group, help="Members of this gr
 def one_socket(command: Callable[..., Any]) -> Callable[..., Any]:
     """The words that name a socket, of another process or inherited; the command gets `opened`, which opens it."""
 
-    @click.argument("port", type=click.IntRange(1, 65535), required=False)
-    @click.argument("address", type=ADDRESS, required=False)
+    @click.argument("process", type=PROCESS, metavar="[PID]", required=False)
     @click.argument("protocol", type=click.Choice(["tcp", "udp"], case_sensitive=False), metavar="[PROTOCOL]",
                     required=False)  # fmt: skip
-    @click.argument("process", type=PROCESS, metavar="[PID]", required=False)
+    @click.argument("address", type=ADDRESS, required=False)
+    @click.argument("port", type=click.IntRange(1, 65535), required=False)
     @click.option("--fd", "descriptor", type=click.IntRange(0, (1 << 31) - 1), help="An inherited descriptor instead.")
     @functools.wraps(command)
     def with_socket(

@@ -172,6 +172,8 @@ def _register(name: str, slot: int, sockets: Sequence[socket.socket], take_over:
         if slot + len(sockets) > SLOTS:
             raise StateError(f"{len(sockets)} sockets from slot {slot} on: there are slots 0 to {SLOTS - 1}")
         for number, sock in enumerate(sockets, slot):
+            balancer.check(number, sock, take_over=take_over)  # all of them, before any has a slot
+        for number, sock in enumerate(sockets, slot):
             balancer.register(number, sock, take_over=take_over)
             click.echo(f"slot {number}: {listeners.described(sock)}, sk:{listeners.cookie_of(sock):x}")
         _hint(name, sockets[0], balancer.maps.program.info.id)

@@ -116,6 +116,12 @@ def lookup(stage: Stage, bpffs: Path, capsys: pytest.CaptureFixture[str]) -> Com
 
 
 @pytest.fixture
+def balance(stage: Stage, bpffs: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    """`fastrecv balance` in the stage's namespace; no balancer is there yet."""
+    return Command(bpffs, capsys, "balance")
+
+
+@pytest.fixture
 def loaded(lookup: Command) -> Command:
     assert lookup.done("load") == "loaded\n"
     return lookup
