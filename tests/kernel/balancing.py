@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_address
 
@@ -105,3 +109,50 @@ def arrivals(stage: Stage) -> Iterator[tuple[tuple[str, int], int]]:
             except BlockingIOError:
                 break
             yield (peer[0].removeprefix("::ffff:"), peer[1]), int(name)
+
+
+def within(seconds: float, condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def counted(balancer: Balancer, name: str) -> dict[int | None, int]:
+    return {slot: counts[name] for slot, counts in balancer.counters().items() if counts[name]}
+
+
+@contextlib.contextmanager
+def again_and_again(*steps: Callable[[], object]) -> Iterator[Counter[str]]:
+    """Do these in turn in a thread of its own; gives how often all were done."""
+    ended, done = threading.Event(), Counter[str]()
+
+    def work() -> None:
+        while not ended.is_set():
+            for step in steps:
+                step()
+            done["rounds"] += 1
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield done
+    finally:
+        ended.set()
+        thread.join()
+
+
+def flood(stage: Stage, count: int) -> Counter[int]:
+    """Send from connected sockets, which hear of every refusal; whose members got them."""
+    clients = [stage.bind(UDP, f"198.51.100.{last}", 0) for last in range(1, 21)]
+    for client in clients:
+        client.connect(("198.51.100.200", PORT))
+    found = Counter[int]()
+    for number in range(count):
+        clients[number % len(clients)].send(b"?")
+        if number % 50 == 49:
+            found.update(name for _, name in arrivals(stage))
+    found.update(name for _, name in arrivals(stage))
+    return found

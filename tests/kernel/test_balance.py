@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from fastrecv.balance import Balancer
+from fastrecv.balance import SLOTS, Balancer
 from fastrecv.balance_explain import explain
 from fastrecv.errors import SocketRefusedError
 from fastrecv.policies import BUCKETS, Policy
@@ -80,6 +80,19 @@ def test_what_becomes_of_senders_whose_slot_is_empty(stage: Stage, kind: int, em
         balancer.unregister(3)
         balancer.unregister(3)
         assert taker(stage, kind, senders("ipv4", 32)[-1]) in found
+
+
+def test_the_next_of_the_last_slot_is_the_first_that_has_a_socket(stage: Stage) -> None:
+    with Balancer(Policy("flow"), empty="next") as balancer:
+        members = group(stage, UDP, "ipv4", 2)
+        balancer.attach(members[0])
+        balancer.register(9, members[0])
+        balancer.register(60, members[1])
+        asked = senders("ipv4", 10)
+        for home, expected, slot in [(SLOTS - 1, 0, 9), (8, 0, 9), (10, 1, 60), (59, 1, 60), (61, 0, 9)]:
+            balancer.weigh({home: 1})
+            assert takers(stage, asked) == [expected] * len(asked)
+            assert explain(balancer, asked[0]).taker == slot
 
 
 @pytest.mark.parametrize("empty", ["drop", "next"])
