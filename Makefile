@@ -42,7 +42,7 @@ sanitize: setup
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=build/sanitize/lib \
 		$(BIN)/pytest -s --import-mode=importlib -p no:cacheprovider tests/kernel/test_bpf.py tests/kernel/test_bpf_sharing.py \
-		tests/unit/test_receiver.py tests/unit/test_batch.py tests/unit/test_arrow.py tests/unit/test_replies.py \
+		tests/kernel/test_rings.py tests/kernel/test_groups.py tests/unit/test_receiver.py tests/unit/test_batch.py tests/unit/test_arrow.py tests/unit/test_replies.py \
 		tests/unit/test_sockets.py tests/unit/test_ownership.py
 
 # A real daemon for the tests, unpacked only: installed it would be started.

@@ -64,6 +64,8 @@ struct choice { /* what a watcher is told */
 	__u64 time;    /* ns, CLOCK_MONOTONIC */
 };
 
+const struct choice *const volatile choice_layout; /* so that the object describes the struct */
+
 struct table {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, BUCKETS);

@@ -64,7 +64,7 @@ struct member {
 	__u8 reuseport;
 };
 
-struct member layout; /* so that the object describes the struct */
+const struct member *const volatile layout; /* so that the object describes the struct */
 
 static __always_inline __u32 drops_of(struct sock *sk)
 {

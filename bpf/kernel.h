@@ -93,8 +93,27 @@ struct sock {
 	struct numa_drop_counters *sk_drop_counters; /* Linux 6.18 */
 };
 
+struct inet_sock {
+	__be16 inet_sport;
+};
+
 struct udp_sock {
 	int forward_deficit;
+};
+
+struct net_device {
+	possible_net_t nd_net;
+};
+
+struct dst_entry {
+	struct net_device *dev;
+};
+
+struct sk_buff {
+	unsigned long _skb_refdst;
+	__u16 transport_header;
+	__u16 network_header;
+	unsigned char *head;
 };
 
 #pragma clang attribute pop

@@ -6,7 +6,7 @@ import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import replace
-from errno import EBUSY, EINVAL, ENOENT, EPERM
+from errno import EINVAL, ENOENT
 from ipaddress import IPv4Network, IPv6Network
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrecv import buckets, listeners
+from fastrecv import buckets, reuseport
 from fastrecv.balance_maps import SLOTS, Maps
-from fastrecv.errors import BpfError, SocketRefusedError, StateError
+from fastrecv.errors import BpfError, StateError
 from fastrecv.leaving import Leaving
 from fastrecv.policies import Policy, number_of
 
@@ -26,7 +26,6 @@ COUNTERS = ("selected", "empty", "fallback", "unreadable", "wrong")
 """Of a slot: struct counters of bpf/balance.bpf.c."""
 EMPTY_POLICIES = ("drop", "kernel", "next")
 MAX_WEIGHT = 1000
-_SO_ATTACH_REUSEPORT_EBPF, _SO_DETACH_REUSEPORT_BPF = 52, 68  # include/uapi/asm-generic/socket.h
 
 Empty = Literal["drop", "kernel", "next"]
 State = Literal["active", "draining", "empty"]
@@ -110,28 +109,7 @@ class Balancer:
 
     def attach(self, sock: socket.socket) -> None:
         """Attach the program to the group of a member, in the place of any other. SocketRefusedError."""
-        _check_member(sock)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_EBPF, self.maps.program.fileno())
-        except OSError as error:
-            if error.errno == EINVAL:
-                raise _in_no_group(sock) from None
-            if error.errno == EPERM:  # it takes no privilege otherwise
-                raise SocketRefusedError(
-                    f"{listeners.described(sock)} has SO_LOCK_FILTER set: attach to another member of its group"
-                ) from None
-            raise
-
-    @staticmethod
-    def detach(sock: socket.socket) -> None:
-        """Detach whatever program the group of a member has; the kernel's hash decides then. StateError without one."""
-        _check_member(sock)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_REUSEPORT_BPF, 0)
-        except OSError as error:
-            if error.errno not in (EINVAL, ENOENT):
-                raise
-            raise StateError(f"the group of {listeners.described(sock)} has no program") from None
+        reuseport.attach(sock, self.maps.program)
 
     # Its slots
 
@@ -141,34 +119,13 @@ class Balancer:
         take_over : in the place of another that has it, atomically for the packets. SocketRefusedError, with nothing
         changed, where another has it, and where the socket cannot have one.
         """
-        if not self.check(slot, sock, take_over=take_over):
-            return
-        try:
-            self.maps["slots"].update([slot], [sock.fileno()])
-        except BpfError as error:
-            if error.errno == EINVAL:
-                raise _in_no_group(sock) from None
-            if error.errno == EBUSY:
-                raise SocketRefusedError(
-                    f"{listeners.described(sock)} has a slot of another balancer, or is a dispatcher's: a socket is in "
-                    "one place only. For a dispatcher register one more member of the group, which has no slot"
-                ) from None
-            raise
-
-    def check(self, slot: int, sock: socket.socket, *, take_over: bool = False) -> bool:
-        """Whether `register` would change anything; SocketRefusedError where it is known to refuse."""
         _check_slot(slot)
-        _check_member(sock)
-        present = self.sockets()
-        cookie = listeners.cookie_of(sock)
-        if present.get(slot) == cookie:
-            return False
-        if slot in present and not take_over:
-            raise SocketRefusedError(f"slot {slot} has socket sk:{present[slot]:x}: unregister that, or take it over")
-        for other, holder in present.items():
-            if holder == cookie:
-                raise SocketRefusedError(f"{listeners.described(sock)} has slot {other}: unregister it there first")
-        return True
+        reuseport.put(self.maps["slots"], slot, sock, take_over)
+
+    def check(self, slot: int, sock: socket.socket, *, take_over: bool = False) -> None:
+        """SocketRefusedError where `register` is known to refuse: to look at several before any is changed."""
+        _check_slot(slot)
+        reuseport.check(self.maps["slots"], slot, sock, take_over)
 
     def unregister(self, slot: int) -> None:
         """Empty a slot; nothing where it is empty. Its senders follow the empty-slot policy: drain it first."""
@@ -183,8 +140,7 @@ class Balancer:
 
     def sockets(self) -> dict[int, int]:
         """Cookies (SO_COOKIE) of the sockets in the slots; one that was closed is gone."""
-        numbers, cookies = self.maps["slots"].items()
-        return dict(zip(numbers.tolist(), cookies.tolist(), strict=True))
+        return reuseport.in_slots(self.maps["slots"])
 
     # Who gets whom
 
@@ -295,6 +251,16 @@ class Balancer:
             )  # fmt: skip
         return found
 
+    def sample(self, one_in: int) -> None:
+        """Tell one choice in so many to the ring buffer `choices`; 0: none (fastrecv.watching reads them)."""
+        control = self.maps["control"].lookup([0])
+        control["sampling"] = one_in
+        self.maps["control"].update([0], control)
+
+    @property
+    def sampling(self) -> int:
+        return int(self.maps["control"].lookup([0])["sampling"][0])
+
     def counters(self) -> dict[int | None, dict[str, int]]:
         """By slot; None for senders that no slot has, and for packets without a readable header."""
         _, rows = self.maps["counts"].items()
@@ -307,20 +273,6 @@ class Balancer:
 def _check_slot(slot: int) -> None:
     if not 0 <= slot < SLOTS:
         raise ValueError(f"slot {slot}: give 0 to {SLOTS - 1}")
-
-
-def _check_member(sock: socket.socket) -> None:
-    """SocketRefusedError for what cannot be a member of a balanced group."""
-    listeners.check_steerable(sock)
-    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
-        raise _in_no_group(sock)
-
-
-def _in_no_group(sock: socket.socket) -> SocketRefusedError:
-    named = listeners.described(sock)
-    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
-        return SocketRefusedError(f"{named} is in no group: its SO_REUSEPORT was set after bind(), set it before")
-    return SocketRefusedError(f"{named} is in no group: set SO_REUSEPORT before bind()")
 
 
 def _network(key: np.void) -> Network:

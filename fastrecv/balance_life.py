@@ -26,8 +26,9 @@ from fastrecv.balance_maps import Maps
 from fastrecv.errors import StateError
 from fastrecv.lookup import BPFFS, PathLike
 from fastrecv.policies import Mapped, Policy
+from fastrecv.watching import Choices, sampled
 
-__all__ = ["check_name", "create", "destroy", "document", "names", "opened"]
+__all__ = ["check_name", "choices", "create", "destroy", "document", "names", "opened"]
 
 _PREFIX = "balance-"
 _FORMAT = 1  # of the document and of the maps beside it; another number is another fastrecv's
@@ -118,6 +119,20 @@ def opened(name: str, *, bpffs: PathLike = BPFFS, read_only: bool = False, timeo
                 yield balancer
     except FileNotFoundError:
         raise _missing(name, bpffs) from None
+
+
+@contextlib.contextmanager
+def choices(name: str, one_in: int, *, bpffs: PathLike = BPFFS) -> Iterator[Choices]:
+    """A balancer's choices, one in so many, told while the context lasts; its lock is not held meanwhile."""
+
+    def switch(one_in: int) -> None:
+        with opened(name, bpffs=bpffs) as balancer:
+            balancer.sample(one_in)
+
+    with opened(name, bpffs=bpffs):
+        maps = Maps.open(_directory(name, bpffs), read_only=False)
+    with maps, sampled(maps["choices"], maps["slots"], switch, one_in) as found:
+        yield found
 
 
 def destroy(name: str, *, bpffs: PathLike = BPFFS, timeout: float = 10.0) -> None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import socket
 import struct
+from errno import EACCES, EPERM
 from importlib.resources import files
 from ipaddress import IPv4Address, IPv6Address
+
+from fastrecv.errors import BpfError
 
 try:
     from fastrecv._bpf import (
@@ -23,6 +26,7 @@ try:
         Object,
         Program,
         ProgramInfo,
+        Ring,
         Statistics,
         TestRun,
         link_ids,
@@ -46,6 +50,7 @@ __all__ = [
     "Object",
     "Program",
     "ProgramInfo",
+    "Ring",
     "Statistics",
     "TestRun",
     "compiled",
@@ -56,6 +61,7 @@ __all__ = [
     "program_info",
     "run_sk_lookup",
     "sk_lookup_links",
+    "tracing",
 ]
 
 
@@ -75,6 +81,23 @@ def digest(name: str) -> str:
 def packaged(name: str) -> Object:
     """The BPF object compiled from bpf/<name>.bpf.c: opened, not yet loaded."""
     return Object(compiled(name), name)
+
+
+def tracing(name: str, purpose: str, **variables: object) -> Object:
+    """The object compiled from bpf/<name>.bpf.c, whose programs look into the kernel: variables set, loaded.
+
+    PermissionError says that the `purpose` needs CAP_BPF and CAP_PERFMON. Linux with BTF (/sys/kernel/btf/vmlinux).
+    """
+    opened = packaged(name)
+    try:
+        opened.set(**variables)
+        return opened.load()
+    except BaseException as error:
+        opened.close()
+        if isinstance(error, BpfError) and error.errno in (EPERM, EACCES):
+            message = f"{purpose} needs CAP_BPF and CAP_PERFMON: run as root, or grant them"
+            raise PermissionError(error.errno, message) from None
+        raise
 
 
 def run_sk_lookup(

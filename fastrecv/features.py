@@ -158,6 +158,13 @@ def _dispatcher() -> None:
         lookup.load()
 
 
+def _balancer() -> None:
+    from fastrecv.bpf import packaged  # noqa: PLC0415 - the receive core works without libbpf
+
+    with packaged("balance") as balance:
+        balance.load()
+
+
 def _foreign_sockets() -> None:
     from fastrecv.listeners import check_tracing  # noqa: PLC0415 - only who asks for it needs ctypes
 
@@ -169,6 +176,12 @@ def _groups() -> None:
 
     with Groups() as groups:
         groups.sockets()
+
+
+def _watching() -> None:
+    from fastrecv.watching import Watch  # noqa: PLC0415 - the receive core works without libbpf
+
+    Watch().close()
 
 
 def _rcu_expedited() -> None:
@@ -184,6 +197,7 @@ FEATURES = {
         Feature("all", "IPv6", (2, 6), "", _ipv6),
         Feature("steering", "sk_lookup programs", (5, 9), "CAP_BPF and CAP_NET_ADMIN", _sk_lookup),
         Feature("steering", "the dispatcher's program", (5, 17), "CAP_BPF and CAP_NET_ADMIN", _dispatcher),
+        Feature("steering", "the balancer's program", (5, 14), "CAP_BPF", _balancer),
         Feature("steering", "a BPF file system at /sys/fs/bpf", (4, 4), "", _bpffs),
         Feature(
             "steering",
@@ -194,6 +208,7 @@ FEATURES = {
         ),
         Feature("steering", "UDP sockets in a SOCKMAP", (5, 7), "CAP_BPF and CAP_NET_ADMIN", _sockmap),
         Feature("steering", "reading reuseport groups", (5, 12), "CAP_BPF and CAP_PERFMON", _groups),
+        Feature("steering", "watching sockets", (5, 17), "CAP_BPF and CAP_PERFMON", _watching),
         Feature("bench", "live frames in BPF_PROG_RUN", (5, 18), "CAP_BPF and CAP_NET_ADMIN", _live_frames),
         Feature("bench", "enumeration of BPF links", (5, 8), "CAP_SYS_ADMIN", _bpf_enumeration),
         Feature("bench", "BPF run-time statistics", (5, 8), "CAP_SYS_ADMIN", _bpf_statistics),

@@ -11,7 +11,6 @@ import os
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
-from errno import EACCES, EPERM
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from types import TracebackType
@@ -20,10 +19,10 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from fastrecv import bpf
-from fastrecv.errors import BpfError, SocketRefusedError, StateError
-from fastrecv.listeners import cookie_of, described
+from fastrecv.errors import SocketRefusedError, StateError
 from fastrecv.netns import Namespace
 from fastrecv.netns import cookie_of as namespace_of
+from fastrecv.steerable import cookie_of, described
 
 __all__ = ["CLASSIC", "STATES", "Groups", "Member", "Owner", "members", "owners", "program_of"]
 
@@ -94,17 +93,8 @@ class Groups:
     """
 
     def __init__(self) -> None:
-        self._object = bpf.packaged("groups")
-        try:
-            self._dtype = self._object.dtype("member")
-            self._object.load()
-        except BpfError as error:
-            self._object.close()
-            if error.errno not in (EPERM, EACCES):
-                raise
-            raise PermissionError(
-                EPERM, "reading the kernel's reuseport groups needs CAP_BPF and CAP_PERFMON: run as root, or grant them"
-            ) from None
+        self._object = bpf.tracing("groups", "reading reuseport groups")
+        self._dtype = self._object.dtype("member")
 
     def close(self) -> None:
         self._object.close()

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,43 +16,21 @@ from pathlib import Path
 from fastrecv.errors import SocketRefusedError
 from fastrecv.netns import cookie_of as namespace_of
 from fastrecv.rules import PROTOCOL_NAMES, Destination
+from fastrecv.steerable import IPPROTO_MPTCP, check_steerable, cookie_of, described, has_peer, protocol_of
 
 __all__ = [
     "UNNAMED",
     "by_destination",
-    "check_steerable",
     "check_tracing",
-    "cookie_of",
-    "described",
     "from_systemd",
     "of_descriptors",
     "of_process",
 ]
 
-# include/uapi/asm-generic/socket.h
-_SO_ACCEPTCONN, _SO_PROTOCOL, _SO_COOKIE = 30, 38, 57
-_IPPROTO_MPTCP = 262  # include/uapi/linux/in.h
 _PIDFD_GETFD = 438  # include/uapi/asm-generic/unistd.h: one number on all architectures
 _FIRST_FD = 3  # sd_listen_fds(3)
 UNNAMED = "unknown"  # what sd_listen_fds_with_names(3) calls them
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def cookie_of(sock: socket.socket) -> int:
-    """What the kernel, SOCKMAPs and `ss -e` (sk:) call a socket (SO_COOKIE, Linux 4.12)."""
-    return int(struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0])
-
-
-def described(sock: socket.socket) -> str:
-    """A socket for a message: tcp 127.0.0.1 port 80."""
-    if sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return f"a socket of family {getattr(sock.family, 'name', sock.family)}"
-    host, port = sock.getsockname()[:2]
-    return f"{PROTOCOL_NAMES.get(_protocol(sock), f'protocol {_protocol(sock)}')} {host} port {port}"
-
-
-def _protocol(sock: socket.socket) -> int:
-    return sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL)
 
 
 def _families(sock: socket.socket) -> tuple[int, ...]:
@@ -63,31 +40,6 @@ def _families(sock: socket.socket) -> tuple[int, ...]:
     only = sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
     # Bound to an IPv6 address it takes IPv4 by sk_lookup all the same, unless it is IPv6-only.
     return (socket.AF_INET6,) if only else (socket.AF_INET6, socket.AF_INET)
-
-
-def check_steerable(sock: socket.socket, namespace: int | None = None) -> None:
-    """SocketRefusedError where packets cannot be steered to a socket; namespace : the cookie of the one it must be in.
-
-    It must be a TCP socket that listens, or a bound UDP socket that is not connected.
-    """
-    if sock.family not in (socket.AF_INET, socket.AF_INET6):
-        raise SocketRefusedError(f"{described(sock)}: packets are steered to IPv4 and IPv6 sockets only")
-    protocol = _protocol(sock)
-    if protocol == _IPPROTO_MPTCP:
-        raise SocketRefusedError(
-            f"{described(sock)} is an MPTCP listener, which BPF maps do not take: open it as plain TCP (Go: "
-            "ListenConfig.SetMultipathTCP(false) or GODEBUG=multipathtcp=0)"
-        )
-    if protocol not in PROTOCOL_NAMES:
-        raise SocketRefusedError(f"{described(sock)}: packets are steered to TCP and UDP sockets only")
-    if namespace is not None and namespace_of(sock) != namespace:
-        raise SocketRefusedError(f"{described(sock)} lives in another network namespace: see --netns")
-    if _has_peer(sock):
-        raise SocketRefusedError(f"{described(sock)} is connected: packets cannot be steered to it")
-    if protocol == socket.IPPROTO_TCP and not sock.getsockopt(socket.SOL_SOCKET, _SO_ACCEPTCONN):
-        raise SocketRefusedError(f"{described(sock)} does not listen: register it after listen()")
-    if sock.getsockname()[1] == 0:
-        raise SocketRefusedError(f"{described(sock)} is not bound: register it after bind()")
 
 
 def by_destination(
@@ -101,10 +53,12 @@ def by_destination(
     found: dict[Destination, list[socket.socket]] = {}
     borrowed: dict[Destination, list[socket.socket]] = {}
     for sock in sockets:
-        check_steerable(sock, namespace)
+        check_steerable(sock)
+        if namespace_of(sock) != namespace:
+            raise SocketRefusedError(f"{described(sock)} lives in another network namespace: see --netns")
         for family in _families(sock):
             kind = found if family == sock.family else borrowed
-            kind.setdefault(Destination(label, family, _protocol(sock)), []).append(sock)
+            kind.setdefault(Destination(label, family, protocol_of(sock)), []).append(sock)
     for destination, group in borrowed.items():
         found.setdefault(destination, group)
     if not found:
@@ -176,7 +130,7 @@ def of_process(pid: int, protocol: int, address: IPv4Address | IPv6Address, port
     """
     if pid == os.getpid():
         raise SocketRefusedError(f"{pid} is this very process")
-    kinds = (protocol, _IPPROTO_MPTCP) if protocol == socket.IPPROTO_TCP else (protocol,)
+    kinds = (protocol, IPPROTO_MPTCP) if protocol == socket.IPPROTO_TCP else (protocol,)
     with contextlib.ExitStack() as stack:
         try:
             process = os.pidfd_open(pid)
@@ -196,10 +150,10 @@ def of_process(pid: int, protocol: int, address: IPv4Address | IPv6Address, port
             if _is_candidate(copy, kinds, address, port) and cookie_of(copy) not in seen:
                 stack.enter_context(copy)
                 seen.add(cookie_of(copy))  # an inherited socket has several descriptors
-                (connected if _has_peer(copy) else found).append(copy)
+                (connected if has_peer(copy) else found).append(copy)
                 continue
             with copy:  # at once: a busy server has thousands
-                if copy.family in (socket.AF_INET, socket.AF_INET6) and not _has_peer(copy) and copy.getsockname()[1]:
+                if copy.family in (socket.AF_INET, socket.AF_INET6) and not has_peer(copy) and copy.getsockname()[1]:
                     others.add(described(copy))
         if not found and connected:
             found = connected  # to be refused for what it is
@@ -212,7 +166,7 @@ def of_process(pid: int, protocol: int, address: IPv4Address | IPv6Address, port
 
 
 def _is_candidate(sock: socket.socket, kinds: tuple[int, ...], address: IPv4Address | IPv6Address, port: int) -> bool:
-    if sock.family not in (socket.AF_INET, socket.AF_INET6) or _protocol(sock) not in kinds:
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or protocol_of(sock) not in kinds:
         return False
     host, bound = sock.getsockname()[:2]
     return bound == port and _plain(ip_address(host.partition("%")[0])) == _plain(address)
@@ -277,11 +231,3 @@ def _may_not_trace(pid: int | None) -> PermissionError:
         f"the sockets of {who} are not yours to take: that needs CAP_SYS_PTRACE, "
         "or its user and all capabilities that it has",
     )
-
-
-def _has_peer(sock: socket.socket) -> bool:
-    try:
-        sock.getpeername()
-    except OSError:
-        return False
-    return True

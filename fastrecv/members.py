@@ -9,9 +9,9 @@ from errno import EBUSY, EINVAL
 
 from fastrecv.bpf import Map
 from fastrecv.errors import BpfError, SocketRefusedError
-from fastrecv.listeners import cookie_of, described
 from fastrecv.rules import MEMBERS
 from fastrecv.state import MAX_DESTINATIONS
+from fastrecv.steerable import cookie_of, described
 
 __all__ = ["PLACES", "Members"]
 

@@ -25,6 +25,7 @@ __all__ = [
     "check_mounted",
     "checked_root",
     "give_to",
+    "is_bpf",
     "locked",
     "make",
     "pin",
@@ -77,14 +78,19 @@ def check_mounted(bpffs: Path) -> None:
         device = os.stat(bpffs).st_dev  # noqa: PTH116 - st_dev is what mountinfo names
     except FileNotFoundError:
         raise StateError(f"{bpffs} does not exist: give the mount point of a BPF file system with --bpffs") from None
+    if not is_bpf(device):
+        raise StateError(f"{bpffs} is no BPF file system: mount -t bpf bpf {bpffs}, or say with --bpffs where one is")
+
+
+def is_bpf(device: int) -> bool:
+    """Whether a device, as st_dev names it, is a BPF file system."""
     number = f"{os.major(device)}:{os.minor(device)}".encode()
     kinds = {}
     for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n"):  # proc(5); mount points may hold any bytes
         fields = line.split(b" ")
         if b"-" in fields:
             kinds[fields[2]] = fields[fields.index(b"-") + 1]
-    if kinds.get(number) != b"bpf":
-        raise StateError(f"{bpffs} is no BPF file system: mount -t bpf bpf {bpffs}, or say with --bpffs where one is")
+    return kinds.get(number) == b"bpf"
 
 
 @contextlib.contextmanager

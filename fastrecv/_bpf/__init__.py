@@ -19,6 +19,7 @@ from fastrecv._bpf.links import (
 )
 from fastrecv._bpf.maps import Map
 from fastrecv._bpf.objects import Object, Program, TestRun
+from fastrecv._bpf.rings import Ring
 
 __all__ = [
     "LIBBPF_VERSION",
@@ -30,6 +31,7 @@ __all__ = [
     "Object",
     "Program",
     "ProgramInfo",
+    "Ring",
     "Statistics",
     "TestRun",
     "link_ids",

@@ -11,6 +11,8 @@ cdef extern from "<linux/bpf.h>" nogil:
         BPF_TRACE_ITER
         BPF_STATS_RUN_TIME
         BPF_F_TEST_XDP_LIVE_FRAMES
+        BPF_PROG_TYPE_UNSPEC
+        BPF_PROG_TYPE_SK_REUSEPORT
         BPF_MAP_TYPE_ARRAY
         BPF_MAP_TYPE_PERCPU_HASH
         BPF_MAP_TYPE_PERCPU_ARRAY
@@ -105,6 +107,7 @@ cdef extern from "<bpf/bpf.h>" nogil:
     int bpf_link_create(int prog_fd, int target_fd, int attach_type,
                         const bpf_link_create_opts *opts)
     int bpf_iter_create(int link_fd)
+    int bpf_raw_tracepoint_open(const char *name, int prog_fd)
     int bpf_link_update(int link_fd, int prog_fd, const bpf_link_update_opts *opts)
     int bpf_link_detach(int link_fd)
     int bpf_link_get_next_id(uint32_t start, uint32_t *next)
@@ -172,6 +175,7 @@ cdef extern from "<bpf/libbpf.h>" nogil:
     struct bpf_object_open_opts:
         size_t sz
         const char *object_name
+        const char *pin_root_path
 
     const char *libbpf_version_string()
     int libbpf_num_possible_cpus()
@@ -183,6 +187,9 @@ cdef extern from "<bpf/libbpf.h>" nogil:
     bpf_map *bpf_object__next_map(const bpf_object *obj, const bpf_map *previous)
     bpf_program *bpf_object__next_program(const bpf_object *obj, bpf_program *previous)
     const char *bpf_program__name(const bpf_program *prog)
+    const char *bpf_program__section_name(const bpf_program *prog)
+    int bpf_program__type(const bpf_program *prog)
+    int bpf_program__set_type(bpf_program *prog, int type)
     int bpf_program__fd(const bpf_program *prog)
     const char *bpf_map__name(const bpf_map *map)
     int bpf_map__fd(const bpf_map *map)
@@ -190,6 +197,7 @@ cdef extern from "<bpf/libbpf.h>" nogil:
     uint32_t bpf_map__key_size(const bpf_map *map)
     uint32_t bpf_map__value_size(const bpf_map *map)
     uint32_t bpf_map__max_entries(const bpf_map *map)
+    int bpf_map__set_pin_path(bpf_map *map, const char *path)
     int bpf_map__reuse_fd(bpf_map *map, int fd)
     int bpf_map__set_max_entries(bpf_map *map, uint32_t max_entries)
     uint32_t bpf_map__btf_key_type_id(const bpf_map *map)

@@ -12,6 +12,8 @@ from fastrecv._bpf.handle cimport Descriptor, check, error, forget_log, open_pin
 from fastrecv._bpf.layout cimport section_type, struct_type
 from fastrecv._bpf.libbpf cimport (
     BPF_F_TEST_XDP_LIVE_FRAMES,
+    BPF_PROG_TYPE_SK_REUSEPORT,
+    BPF_PROG_TYPE_UNSPEC,
     BPF_SK_LOOKUP,
     BPF_TRACE_ITER,
     BPF_XDP,
@@ -22,6 +24,7 @@ from fastrecv._bpf.libbpf cimport (
     bpf_map__fd,
     bpf_map__initial_value,
     bpf_map__name,
+    bpf_map__set_pin_path,
     bpf_object,
     bpf_object__btf,
     bpf_object__close,
@@ -34,6 +37,10 @@ from fastrecv._bpf.libbpf cimport (
     bpf_program,
     bpf_program__fd,
     bpf_program__name,
+    bpf_program__section_name,
+    bpf_program__set_type,
+    bpf_program__type,
+    bpf_raw_tracepoint_open,
     bpf_test_run_opts,
     xdp_md,
 )
@@ -55,18 +62,24 @@ cdef class Object:
     """One compiled BPF object file: `set` its variables, `load`, then use its programs and maps.
 
     data : bytes, the ELF file. name : what the kernel and messages call it.
+    pin_root : a directory in a BPF file system, made where it is missing: load() takes the maps that the file says are
+    pinned by name (LIBBPF_PIN_BY_NAME) from there, and pins there those that it has to make. Without it they are like
+    any other map.
     Programs and maps belong to the object; using them after close() is a ValueError. Not for two threads at a time.
     """
 
-    def __cinit__(self, bytes data not None, str name not None):
+    def __cinit__(self, bytes data not None, str name not None, *, pin_root=None):
         cdef bpf_object_open_opts opts
         cdef bytes encoded = name.encode()
+        cdef bytes root = b"" if pin_root is None else os.fsencode(pin_root)
         cdef bpf_program *program = NULL
         cdef bpf_map *map = NULL
         forget_log()
         memset(&opts, 0, sizeof(opts))
         opts.sz = sizeof(opts)
         opts.object_name = encoded
+        if pin_root is not None:
+            opts.pin_root_path = root
         self.data, self.name = data, name
         self.ptr = bpf_object__open_mem(<const char *>data, len(data), &opts)
         if self.ptr == NULL:
@@ -80,11 +93,17 @@ cdef class Object:
                 break
             found = Program.__new__(Program)
             (<Program>found).owner, (<Program>found).ptr = self, program
+            # libbpf 1.0 and newer knows no more than two of these sections, the older ones all.
+            if bpf_program__type(program) == BPF_PROG_TYPE_UNSPEC and (
+                    bpf_program__section_name(program).startswith(b"sk_reuseport/")):
+                check(bpf_program__set_type(program, BPF_PROG_TYPE_SK_REUSEPORT), f"typing a program of {name}")
             self.programs[bpf_program__name(program).decode()] = found
         while True:
             map = bpf_object__next_map(self.ptr, map)
             if map == NULL:
                 break
+            if pin_root is None:  # or libbpf would pin it to /sys/fs/bpf
+                check(bpf_map__set_pin_path(map, NULL), f"keeping a map of {name} unpinned")
             map_name = bpf_map__name(map).decode()
             self.maps[map_name] = Map._of(self, map_name)
             section = "." + map_name.rpartition(".")[2]  # libbpf names the map of a section "<object>.<section>"
@@ -238,6 +257,13 @@ cdef class Program(Descriptor):
     def attach_xdp(self, int ifindex, unsigned int flags=0):
         """Attach an XDP program to a device of the calling thread's namespace; `flags` are XDP_FLAGS_*. Linux 5.9."""
         return self.attach(ifindex, BPF_XDP, flags, f"interface {ifindex}")
+
+    def attach_tracing(self):
+        """Attach a tp_btf program to the tracepoint that it is made for, on the whole host. Linux 5.5."""
+        cdef int fd = self.alive(), result
+        with nogil:
+            result = bpf_raw_tracepoint_open(NULL, fd)
+        return take_link(check(result, f"attaching program {self.name} to its tracepoint"))
 
     def iterate(self):
         """All that an iterator program writes about what it is run for, as bytes. Linux 5.8.

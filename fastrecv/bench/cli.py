@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastrecv.bench import compare as comparing
-from fastrecv.bench import receive_cli, receive_results, results, runner, stats, tables
+from fastrecv.bench import receive_cli, receive_results, resize, results, runner, stats, tables
 from fastrecv.bench.arguments import STDOUT, one_cpu, refuse_twice, writable_file
 from fastrecv.bench.floods import FLOODS, MAX_SOURCES
 from fastrecv.bench.lab import BenchBusyError
@@ -218,6 +218,7 @@ def show(file: Path, report: Path | None, plot: Path | None) -> None:
 
 
 bench.add_command(receive_cli.command)
+bench.add_command(resize.command)
 
 
 def _write(result: Result, report: Path | None, plot: Path | None) -> None:

@@ -17,6 +17,7 @@ import fcntl
 import socket
 import struct
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,16 @@ from pyroute2.netlink.rtnl.ifaddrmsg import IFA_F_NODAD
 from fastrecv.bpf import packaged
 from fastrecv.netns import Namespace
 
-__all__ = ["FAR_IP4", "FAR_IP6", "HOST_IP4", "HOST_IP6", "BenchBusyError", "Lab", "quick_grace_periods"]
+__all__ = [
+    "FAR_IP4",
+    "FAR_IP6",
+    "HOST_IP4",
+    "HOST_IP6",
+    "BenchBusyError",
+    "Lab",
+    "private_bpffs",
+    "quick_grace_periods",
+]
 
 HOST_IP4, FAR_IP4 = "192.0.2.1", "192.0.2.2"
 HOST_IP6, FAR_IP6 = "2001:db8::1", "2001:db8::2"
@@ -154,6 +164,17 @@ def quick_grace_periods() -> Iterator[None]:
         finally:
             knob.write_text(before)
             watch.communicate()
+
+
+@contextlib.contextmanager
+def private_bpffs() -> Iterator[Path]:
+    """A BPF file system that is seen nowhere else; what is pinned in it goes with it. CAP_SYS_ADMIN."""
+    with tempfile.TemporaryDirectory(prefix="fastrecv-") as made:
+        subprocess.run(["/bin/mount", "-t", "bpf", "bpf", made], check=True)  # noqa: S603 - a directory just made
+        try:
+            yield Path(made)
+        finally:
+            subprocess.run(["/bin/umount", made], check=True)  # noqa: S603 - the same
 
 
 class BenchBusyError(RuntimeError):

@@ -20,8 +20,8 @@ import numpy as np
 from fastrecv.bench.floods import FIRST_SOURCE_PORT, PORT, Flood
 from fastrecv.bench.prefixes import draw
 from fastrecv.bpf import Program, packaged, run_sk_lookup
-from fastrecv.listeners import cookie_of
 from fastrecv.rules import Binding, compile_rules, destinations_of
+from fastrecv.steerable import cookie_of
 
 __all__ = ["PROGRAMS", "Method", "selects"]
 

@@ -36,9 +36,11 @@ __all__ = [
     "PORTS",
     "PREFIX",
     "PROCESS",
+    "Address",
     "entered",
     "one_socket",
     "place",
+    "with_port",
 ]
 
 Address = IPv4Address | IPv6Address
@@ -176,6 +178,13 @@ ENDPOINT: click.ParamType[tuple[Address, int]] = _Words("address:port", _endpoin
 NAME = _Name()
 POLICY: click.ParamType[Policy] = _Words("policy", Policy.parse)
 PROCESS: click.ParamType[int] = _Words("process", _process)
+
+
+def with_port(_context: click.Context, _parameter: click.Parameter, value: tuple[Address, int]) -> tuple[Address, int]:
+    """The callback of an ENDPOINT that must have a port."""
+    if not value[1]:
+        raise click.BadParameter("no port: give ADDRESS:PORT, or [ADDRESS]:PORT for IPv6")
+    return value
 
 
 NETNS_OPTION = click.option("--netns", type=_NamespacePath(), metavar="PATH",

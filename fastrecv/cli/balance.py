@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from fastrecv import balance_life, groups, listeners
-from fastrecv.balance import EMPTY_POLICIES, MAX_WEIGHT, SLOTS, Balancer, Empty
+from fastrecv import balance_life, groups, listeners, reuseport, steerable
+from fastrecv.balance import EMPTY_POLICIES, MAX_WEIGHT, SLOTS, Empty
 from fastrecv.cli import balance_reads
 from fastrecv.cli.arguments import ADDRESS, BPFFS_OPTION, GROUP_OPTION, NAME, POLICY, PREFIX, PROCESS, one_socket
 from fastrecv.errors import StateError
@@ -110,7 +110,7 @@ def attach(name: str, opened: Callable[[], Any], bpffs: Path) -> None:
         mine = balancer.maps.program.info.id
         name_of = "a classic BPF program" if before == groups.CLASSIC else f"program {before}"
         instead = f", in the place of {name_of}" if before not in (None, mine) else ""
-        click.echo(f"attached {name} (program {mine}) to the group of {listeners.described(sock)}{instead}")
+        click.echo(f"attached {name} (program {mine}) to the group of {steerable.described(sock)}{instead}")
 
 
 @balance.command()
@@ -118,8 +118,9 @@ def attach(name: str, opened: Callable[[], Any], bpffs: Path) -> None:
 def detach(opened: Callable[[], Any]) -> None:
     """Detach whatever program the group of a socket has: the kernel's hash decides again."""
     with opened() as sockets:
-        Balancer.detach(sockets[0])
-        click.echo(f"detached from the group of {listeners.described(sockets[0])}")
+        if not reuseport.detach(sockets[0]):
+            raise StateError(f"the group of {steerable.described(sockets[0])} has no program")
+        click.echo(f"detached from the group of {steerable.described(sockets[0])}")
 
 
 def _program_of(sock: socket.socket) -> int | None:
@@ -175,7 +176,7 @@ def _register(name: str, slot: int, sockets: Sequence[socket.socket], take_over:
             balancer.check(number, sock, take_over=take_over)  # all of them, before any has a slot
         for number, sock in enumerate(sockets, slot):
             balancer.register(number, sock, take_over=take_over)
-            click.echo(f"slot {number}: {listeners.described(sock)}, sk:{listeners.cookie_of(sock):x}")
+            click.echo(f"slot {number}: {steerable.described(sock)}, sk:{steerable.cookie_of(sock):x}")
         _hint(name, sockets[0], balancer.maps.program.info.id)
 
 

@@ -50,7 +50,7 @@ def status(name: str | None, as_json: bool, netns: str | None, bpffs: Path) -> N
         seen = _seen()
     with balance_life.opened(name, bpffs=bpffs, read_only=True) as balancer:
         slots, program = balancer.slots(), balancer.maps.program.info
-        unreadable = balancer.counters()[None]
+        unreadable, sampling = balancer.counters()[None], balancer.sampling
         places = {str(prefix): slot for prefix, slot in balancer.places().items()}
         words, policy = described(balancer), balancer.policy
         quiet = {slot.number: balancer.leaving.known(slot.number) for slot in slots if slot.leaving}
@@ -60,7 +60,8 @@ def status(name: str | None, as_json: bool, netns: str | None, bpffs: Path) -> N
             "name": name, "policy": str(policy), "map": policy.mapped, "seed": policy.seed, "program": program.id,
             "slots": [_document(slot, seen) for slot in slots], "places": places,
             "leaving": {str(slot): {"senders": known.senders, "quiet": known.quiet} for slot, known in quiet.items()},
-            "unreadable": unreadable["unreadable"], "unassigned": unreadable["empty"], "complaints": complaints,
+            "unreadable": unreadable["unreadable"], "unassigned": unreadable["empty"], "sampling": sampling,
+            "complaints": complaints,
         })  # fmt: skip
         return
     click.echo(f"{name}: {words}; program {program.id}")
@@ -69,6 +70,8 @@ def status(name: str | None, as_json: bool, netns: str | None, bpffs: Path) -> N
          "wrong"),
         [_row(slot, seen) for slot in slots], remarkable=lambda row: row[1] != "active" or bool(row[-1]),
     )  # fmt: skip
+    if sampling:
+        click.echo(f"one choice in {sampling:,} is told to `fastrecv watch`")
     for slot, known in quiet.items():
         said = f", the last came {known.quiet:.0f} s ago" if known.quiet is not None else ""
         click.echo(f"slot {slot} is drained by sender: {known.senders:,} are known{said}")

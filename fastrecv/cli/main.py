@@ -17,8 +17,11 @@ import click
 from click.shell_completion import get_completion_class
 
 from fastrecv.cli.balance import balance
+from fastrecv.cli.connect import connect
 from fastrecv.cli.doctor import MISSING, doctor
+from fastrecv.cli.listen import listen
 from fastrecv.cli.lookup import lookup
+from fastrecv.cli.watch import watch
 from fastrecv.errors import NotSupported
 from fastrecv.rules import RuleSetError
 
@@ -49,6 +52,9 @@ def completion(shell: str) -> None:
 fastrecv.add_command(lookup)
 fastrecv.add_command(balance)
 fastrecv.add_command(doctor)
+fastrecv.add_command(listen)
+fastrecv.add_command(connect)
+fastrecv.add_command(watch)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

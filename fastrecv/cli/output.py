@@ -8,13 +8,19 @@ from typing import Any
 
 import click
 
-__all__ = ["as_json", "json_option", "table"]
+__all__ = ["as_json", "json_lines", "json_lines_option", "json_option", "table"]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+json_lines_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, an object a line.")
 
 
 def as_json(document: object) -> None:
     click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def json_lines(documents: Iterable[object]) -> None:
+    """An object a line, for what goes on."""
+    click.echo("\n".join(json.dumps(document, ensure_ascii=False) for document in documents))
 
 
 def table(

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from fastrecv import bpf, generations, listeners, lookup, lookup_life, members, pins
+from fastrecv import bpf, generations, lookup, lookup_life, members, pins, steerable
 from fastrecv.errors import StateError
 from fastrecv.lookup import Dispatcher, directory_of
 from fastrecv.rules import Binding, Destination
@@ -86,7 +86,7 @@ def served(stage: Stage) -> dict[str, int]:
     """A server for each label; their cookies by label."""
     for number, label in enumerate([*(f"set{number}" for number in SETS), "pair"]):
         stage.serve(label, UDP, "198.51.100.254", 7100 + number).set_inheritable(True)
-    return {label: listeners.cookie_of(server) for label, server in stage.servers.items()}
+    return {label: steerable.cookie_of(server) for label, server in stage.servers.items()}
 
 
 def asked(prefix: str) -> tuple[str, str]:

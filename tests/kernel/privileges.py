@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import pytest
 
 # include/uapi/linux/capability.h
 CAP_CHOWN, CAP_FSETID, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_NET_RAW = 0, 4, 10, 12, 13
@@ -36,3 +39,19 @@ def only(*capabilities: int) -> Iterator[None]:
         yield
     finally:
         _call("capset", ctypes.create_string_buffer(before.raw))
+
+
+def as_user(user: int, group: int, action: Callable[[], int]) -> int:
+    """A child that has become another user, without capabilities, and does something: its process id."""
+    if not os.stat("/").st_mode & stat.S_IXOTH:  # noqa: PTH116 - some folders that serve as a machine are closed
+        pytest.skip("the root directory is closed to other users here")
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.setgroups([])
+        os.setresgid(group, group, group)
+        os.setresuid(user, user, user)
+        os._exit(action())
+    finally:
+        os._exit(99)

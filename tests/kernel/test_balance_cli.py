@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import pytest
 
 from fastrecv.balance import SLOTS
-from fastrecv.listeners import cookie_of
 from fastrecv.netns import Namespace
+from fastrecv.steerable import cookie_of
 from tests.kernel.balancing import senders, taker, within
 from tests.kernel.commands import Command, one_line
 from tests.kernel.steering import PORT, UDP, Stage
@@ -198,7 +198,9 @@ def test_the_socket_of_a_process_that_ends_leaves_its_slot_empty(balance: Comman
         for number, process in enumerate((one, other)):
             balance.done("register-pid", "flows", number, process.pid, *where)
         assert [slot(balance, number)["pids"] for number in (0, 1)] == [[one.pid], [other.pid]]
-        assert balance.refused("register-pid", "flows", 1, one.pid, *where).startswith("slot 1 has socket sk:")
+        assert balance.refused("register-pid", "flows", 1, one.pid, *where) == (
+            "udp 198.51.100.1 port 7007 has slot 0: unregister it there first"
+        )
         one.kill()
         one.wait()
         assert within(5, lambda: slot(balance, 0)["socket"] is None)

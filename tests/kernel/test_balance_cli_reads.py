@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from fastrecv import groups
-from fastrecv.listeners import cookie_of
 from fastrecv.netns import Namespace
 from fastrecv.policies import BUCKETS
+from fastrecv.steerable import cookie_of
 from tests.kernel.balancing import group, senders, taker
 from tests.kernel.commands import Command, one_line
 from tests.kernel.privileges import only

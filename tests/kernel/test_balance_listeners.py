@@ -11,8 +11,8 @@ import pytest
 from fastrecv import groups
 from fastrecv.balance import Balancer
 from fastrecv.balance_explain import explain
-from fastrecv.listeners import cookie_of
 from fastrecv.policies import Policy
+from fastrecv.steerable import cookie_of
 from tests.kernel.balancing import (
     balanced,
     counted,

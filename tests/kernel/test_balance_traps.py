@@ -12,8 +12,8 @@ import pytest
 from fastrecv import groups
 from fastrecv.balance import COUNTERS, Balancer
 from fastrecv.errors import BpfError, SocketRefusedError
-from fastrecv.listeners import cookie_of
 from fastrecv.policies import BUCKETS, Policy
+from fastrecv.steerable import cookie_of
 from tests.kernel.balancing import (
     again_and_again,
     balanced,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastrecv.bpf import Map, Program, packaged
+from fastrecv.bpf import Map, Object, Program, compiled, packaged
 from fastrecv.errors import BpfError
 
 PAIR = np.dtype([("a", "u4"), ("b", "u4")])
@@ -83,3 +83,50 @@ def test_a_pinned_program_is_opened_run_and_told_by_its_tag(bpffs: Path) -> None
         Program.open(bpffs / "nothing")
     with pytest.raises(TypeError, match=r"opened by Program\.open"):
         Program()
+
+
+def test_maps_that_are_pinned_by_name_are_shared_under_a_root(bpffs: Path) -> None:
+    with Object(compiled("modulo"), "modulo", pin_root=bpffs / "a") as first:
+        first.load()
+        assert sorted(pin.name for pin in (bpffs / "a").iterdir()) == sorted(first.maps)
+        first.maps["size"].update([0], [9])
+    with Object(compiled("modulo"), "modulo", pin_root=bpffs / "a") as second:
+        second.load()
+        assert second.maps["size"][0] == 9
+    with Object(compiled("modulo"), "modulo", pin_root=bpffs / "b") as elsewhere:
+        elsewhere.load()
+        assert elsewhere.maps["size"][0] == 0
+
+
+def test_without_a_root_nothing_is_pinned() -> None:
+    """Where libbpf would pin by itself."""
+    with packaged("modulo") as first, packaged("modulo") as second:
+        first.load()
+        first.maps["size"].update([0], [9])
+        second.load()
+        assert second.maps["size"][0] == 0
+        assert not any(Path("/sys/fs/bpf", name).exists() for name in first.maps)
+
+
+def test_a_root_with_other_maps_or_in_no_bpf_file_system_is_refused(bpffs: Path, tmp_path: Path) -> None:
+    (bpffs / "a").mkdir()
+    with Map.array("size", np.uint64, 1) as other:
+        other.pin(bpffs / "a" / "size")
+    with (
+        Object(compiled("modulo"), "modulo", pin_root=bpffs / "a") as wrong,
+        pytest.raises(BpfError, match="loading BPF object modulo") as caught,
+    ):
+        wrong.load()
+    assert "parameter mismatch" in caught.value.log
+    assert [pin.name for pin in (bpffs / "a").iterdir()] == ["size"], "what was made before it failed is unpinned"
+    with (
+        Object(compiled("modulo"), "modulo", pin_root=tmp_path) as nowhere,
+        pytest.raises(BpfError, match="loading BPF object modulo"),
+    ):
+        nowhere.load()
+
+
+def test_a_reuseport_section_that_libbpf_does_not_know_is_one_all_the_same() -> None:
+    with packaged("modulo") as selector, packaged("balance") as balancer:
+        assert selector.load().programs["_selector"].info.type == 21  # BPF_PROG_TYPE_SK_REUSEPORT
+        assert balancer.load().programs["balance"].info.type == 21

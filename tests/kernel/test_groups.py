@@ -17,9 +17,9 @@ import pytest
 from fastrecv import groups
 from fastrecv.errors import SocketRefusedError, StateError
 from fastrecv.groups import CLASSIC, STATES, Groups, Member, Owner
-from fastrecv.listeners import cookie_of
 from fastrecv.netns import Namespace
 from fastrecv.sockets import drops
+from fastrecv.steerable import cookie_of
 from tests.kernel.privileges import CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE, only
 from tests.kernel.steering import PORT, SO_ATTACH_REUSEPORT_EBPF, TCP, UDP, Stage, kinds, nets
 

@@ -24,9 +24,8 @@ from fastrecv.handover import hand_over
 from fastrecv.lookup import Dispatcher
 from fastrecv.privileges import OtherThreadsError
 from fastrecv.rules import RuleSetError
-from tests.kernel.privileges import only
+from tests.kernel.privileges import as_user, only
 from tests.kernel.steering import TCP, UDP, Stage, bound
-from tests.kernel.test_lookup_privileges import as_user
 
 OWNER, STRANGER = 65533, 65534
 

@@ -16,10 +16,11 @@ import pytest
 from fastrecv import lookup_life, pins, state
 from fastrecv.bpf import Link, Object
 from fastrecv.errors import SocketRefusedError, StateError
-from fastrecv.listeners import cookie_of, of_process
+from fastrecv.listeners import of_process
 from fastrecv.lookup import Dispatcher
 from fastrecv.netns import Namespace
 from fastrecv.rules import MAX_ALTERNATIVES, Binding, RuleSetError
+from fastrecv.steerable import cookie_of
 from tests.kernel.steering import PORT, REFUSED, SO_ATTACH_REUSEPORT_EBPF, TCP, UDP, Compile, Stage, bound, kinds, nets
 
 SLOTS = """

@@ -21,8 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from pyroute2 import IPRoute
 
 from fastrecv import bpf
-from fastrecv.listeners import cookie_of
 from fastrecv.netns import Namespace
+from fastrecv.steerable import cookie_of
 from tests.kernel.commands import WEB, Command, one_line
 from tests.kernel.steering import TCP, UDP, Stage
 

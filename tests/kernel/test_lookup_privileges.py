@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +13,16 @@ import pytest
 
 from fastrecv.cli.main import run
 from fastrecv.netns import Namespace
-from tests.kernel.privileges import CAP_BPF, CAP_CHOWN, CAP_FSETID, CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_PTRACE, only
+from tests.kernel.privileges import (
+    CAP_BPF,
+    CAP_CHOWN,
+    CAP_FSETID,
+    CAP_NET_ADMIN,
+    CAP_SYS_ADMIN,
+    CAP_SYS_PTRACE,
+    as_user,
+    only,
+)
 from tests.kernel.steering import TCP, Stage
 
 GROUP, MEMBER, STRANGER = 65532, 65533, 65534
@@ -53,22 +61,6 @@ def needs(command: Command, capabilities: set[int], *words: object, undo: tuple[
 
 LOAD = {CAP_BPF, CAP_NET_ADMIN}
 CHANGE = {CAP_BPF}
-
-
-def as_user(user: int, group: int, action: Callable[[], int]) -> int:
-    """A child that has become another user, without capabilities, and does something: its process id."""
-    if not os.stat("/").st_mode & stat.S_IXOTH:  # noqa: PTH116 - some folders that serve as a machine are closed
-        pytest.skip("the root directory is closed to other users here")
-    child = os.fork()
-    if child:
-        return child
-    try:
-        os.setgroups([])
-        os.setresgid(group, group, group)
-        os.setresuid(user, user, user)
-        os._exit(action())
-    finally:
-        os._exit(99)
 
 
 def by(user: int, group: int, command: Command, words: tuple[str, ...], said: Path) -> int:

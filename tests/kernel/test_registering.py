@@ -14,8 +14,8 @@ import pytest
 from fastrecv import lookup_life
 from fastrecv.bpf import Object
 from fastrecv.errors import SocketRefusedError
-from fastrecv.listeners import cookie_of
 from fastrecv.lookup import Dispatcher
+from fastrecv.steerable import cookie_of
 from tests.kernel.commands import WEB, Command
 from tests.kernel.steering import TCP, UDP, Compile, Stage, bound
 from tests.kernel.test_lookup import SLOTS
