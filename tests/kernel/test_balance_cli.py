@@ -308,11 +308,16 @@ def test_a_drain_by_sender_is_shown_while_senders_come(
     balance.done("attach", "flows", "--fd", members[0].fileno())
     for number in (0, 1):
         balance.done("register", "flows", number, "--fd", members[number].fileno())
-    with balance.process("drain", "flows", 0, "--by-sender", "--learn", 1, "--quiet", 1) as draining:
+    with balance.process("drain", "flows", 0, "--by-sender", "--learn", 1, "--quiet", 2) as draining:
         assert within(5, lambda: "0" in balance("status", "flows", "--json").json["leaving"])
         asked = senders("ipv4", 30)
         before = [taker(stage, UDP, sender) for sender in asked]
-        assert within(5, lambda: slot(balance, 0)["state"] == "draining")
+
+        def draining_while_they_come() -> bool:
+            assert [taker(stage, UDP, sender) for sender in asked] == before
+            return slot(balance, 0)["state"] == "draining"
+
+        assert within(5, draining_while_they_come)
         assert [taker(stage, UDP, sender) for sender in asked] == before
         known = balance("status", "flows", "--json").json["leaving"]["0"]["senders"]
         assert known == before.count(0)

@@ -105,7 +105,7 @@ def test_sockets_that_are_no_members_are_refused_by_name_with_the_cure(
             (quiet, "tcp 198.51.100.2 port 9003 is in no group yet, it is from bind() on, TCP from listen()"),
             (
                 multipath,
-                "198.51.100.2 port 9004 is an MPTCP listener, which BPF maps do not take: open it as plain TCP",
+                "port 9004 is an MPTCP listener, which takes no program and no place in a BPF map: open it as plain",
             ),
         ]:
             with pytest.raises(SocketRefusedError) as caught:
