@@ -51,7 +51,8 @@ struct known {
 };
 
 struct prefix {
-	__u32 length; /* bits, counted in the mapped address */
+	__u32 length; /* bits, of the version and the mapped address */
+	__u32 version; /* 4 or 6: ::/0 is no prefix of IPv4 addresses */
 	__u8 address[16];
 };
 
@@ -136,26 +137,32 @@ static __always_inline __u32 slot_of_table(__u32 bucket)
 	return entry && *entry < SLOTS ? *entry : SLOTS;
 }
 
-static __always_inline __u32 slot_of_prefix(const struct flow *flow, __u32 otherwise)
+static __always_inline __u32 slot_of_prefix(const struct flow *flow)
 {
-	struct prefix prefix = { .length = 128 };
+	struct prefix prefix = { .length = 32 + 128, .version = is_ipv4(flow) ? 4 : 6 };
 	__u32 *slot;
 
 	__builtin_memcpy(prefix.address, mapped == SOURCE ? flow->source : flow->destination, 16);
 	slot = bpf_map_lookup_elem(&places, &prefix);
-	return slot && *slot < SLOTS ? *slot : otherwise;
+	return slot && *slot < SLOTS ? *slot : SLOTS;
+}
+
+static __always_inline int leaves(const struct control *now, __u32 slot)
+{
+	return slot < SLOTS && now->leaving[slot / 64] >> slot % 64 & 1;
 }
 
 /* While slots are drained sender by sender: those who came to such a slot stay there. */
 static __always_inline __u32 slot_of_known(const struct control *now, __u64 hash, __u32 slot)
 {
 	struct known *known = bpf_map_lookup_elem(&senders, &hash), fresh = { .slot = slot };
+	__u32 home = known ? known->slot : SLOTS;
 
-	if (known) {
+	if (known && leaves(now, home)) { /* else it was, and who ended that has been hindered to forget him */
 		known->seen = bpf_ktime_get_ns();
-		return known->slot < SLOTS ? known->slot : slot;
+		return home;
 	}
-	if (slot < SLOTS && now->leaving[slot / 64] >> slot % 64 & 1) {
+	if (leaves(now, slot)) {
 		fresh.seen = bpf_ktime_get_ns();
 		bpf_map_update_elem(&senders, &hash, &fresh, BPF_ANY);
 	}
@@ -201,7 +208,7 @@ SEC("sk_reuseport/migrate")
 int balance(struct sk_reuseport_md *md)
 {
 	struct bpf_sock *migrating = md->migrating_sk;
-	__u32 zero = 0, none = SLOTS, bucket, slot, taken;
+	__u32 zero = 0, none = SLOTS, bucket, slot, placed, taken;
 	struct counters *count;
 	struct control *now;
 	struct flow flow = {};
@@ -220,13 +227,14 @@ int balance(struct sk_reuseport_md *md)
 	now = bpf_map_lookup_elem(&control, &zero);
 	if (!now)
 		return SK_DROP; /* cannot be: the map has that one entry */
-	hash = hash_of(migrating ? 0 : md, &flow);
-	bucket = bucket_of(migrating ? 0 : md, hash);
+	hash = hash_of(md, !migrating, &flow);
+	bucket = bucket_of(!migrating, hash);
 	slot = slot_of_table(bucket);
-	if (tracking && now->draining)
+	placed = mapped ? slot_of_prefix(&flow) : SLOTS;
+	if (placed < SLOTS)
+		slot = placed;
+	else if (tracking && now->draining)
 		slot = slot_of_known(now, hash, slot);
-	if (mapped)
-		slot = slot_of_prefix(&flow, slot);
 	taken = slot;
 	error = bpf_sk_select_reuseport(md, &slots, &taken, 0);
 	count = counting ? bpf_map_lookup_elem(&counts, &slot) : 0;

@@ -38,6 +38,11 @@ union key {
 	__u32 words[6];
 };
 
+static __always_inline int is_ipv4(const struct flow *flow)
+{
+	return !flow->source[0] && !flow->source[1] && flow->source[2] == bpf_htonl(0xffff);
+}
+
 static __always_inline int flow_of_packet(struct sk_reuseport_md *md, struct flow *flow)
 {
 	__u16 ports[2];
@@ -116,16 +121,18 @@ static __always_inline __u64 mixed(__u64 hash, __u32 high, __u32 low)
 	return hash ^ hash >> 32;
 }
 
-/* The hash of a sender; `md` is NULL where there is no packet. */
-static __always_inline __u64 hash_of(struct sk_reuseport_md *md, const struct flow *flow)
+/*
+ * The hash of a sender. Whether there is a packet is no matter of `md`, which it takes CAP_PERFMON to compare with NULL.
+ */
+static __always_inline __u64 hash_of(struct sk_reuseport_md *md, int packet, const struct flow *flow)
 {
-	int four = !flow->source[0] && !flow->source[1] && flow->source[2] == bpf_htonl(0xffff);
+	int four = is_ipv4(flow);
 	__u32 used = fields;
 	union key key = {};
 	__u64 hash = seed;
 
 	if (fields & (PAYLOAD | QUIC)) {
-		if (md && key_of_payload(md, &key)) {
+		if (packet && key_of_payload(md, &key)) {
 			hash = mixed(hash, key.words[0], key.words[1]);
 			hash = mixed(hash, key.words[2], key.words[3]);
 			hash = mixed(hash, key.words[4], key.words[5]);
@@ -151,11 +158,11 @@ static __always_inline __u64 hash_of(struct sk_reuseport_md *md, const struct fl
 	return hash ^ hash >> 32;
 }
 
-static __always_inline __u32 bucket_of(struct sk_reuseport_md *md, __u64 hash)
+static __always_inline __u32 bucket_of(int packet, __u64 hash)
 {
-	if (md && fields & CPU)
+	if (packet && fields & CPU)
 		return bpf_get_smp_processor_id() & (BUCKETS - 1);
-	if (md && fields & RANDOM)
+	if (packet && fields & RANDOM)
 		return bpf_get_prandom_u32() & (BUCKETS - 1);
 	return hash & (BUCKETS - 1);
 }

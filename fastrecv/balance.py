@@ -37,9 +37,9 @@ Network = IPv4Network | IPv6Network
 class Slot(NamedTuple):
     """A slot as it stands.
 
-    state : "active", "empty" (no socket has it) or "draining" (a socket has it, but no buckets: its queue is to be
-    read, and known senders may still come). buckets : how many of policies.BUCKETS. socket : its cookie.
-    leaving : whether it is drained sender by sender. counters : by their names in COUNTERS.
+    state : "active", "empty" (no socket has it) or "draining" (a socket does, but no senders: its queue is to be read,
+    and known senders may still come). buckets : how many of policies.BUCKETS. socket : its cookie. leaving : whether it
+    is drained sender by sender. counters : by their names in COUNTERS.
     """
 
     number: int
@@ -169,6 +169,11 @@ class Balancer:
         _check_slot(slot)
         reuseport.put(self.maps["slots"], slot, sock, take_over)
 
+    def check(self, slot: int, sock: socket.socket, *, take_over: bool = False) -> None:
+        """SocketRefusedError where `register` is known to refuse: to look at several before any is changed."""
+        _check_slot(slot)
+        reuseport.check(self.maps["slots"], slot, sock, take_over)
+
     def unregister(self, slot: int) -> None:
         """Empty a slot; nothing where it is empty. Its senders follow the empty-slot policy: drain it first."""
         _check_slot(slot)
@@ -236,6 +241,10 @@ class Balancer:
 
         Read its queue to the end before it is unregistered and closed.
         """
+        return self.weigh(self.without(slot))
+
+    def without(self, slot: int) -> dict[int, int]:
+        """The weights that `drain` would set; StateError where it has no senders, or nobody could take them."""
         _check_slot(slot)
         weights = self.weights
         if slot not in weights:
@@ -243,7 +252,7 @@ class Balancer:
         if len(weights) == 1:
             raise StateError(f"slot {slot} is the only one that has senders: nobody could take them")
         del weights[slot]
-        return self.weigh(weights)
+        return weights
 
     def place(self, prefix: Network, slot: int) -> None:
         """Give a prefix (of what policy.mapped names) a slot of its own, before any hash. The longest prefix wins."""
@@ -266,7 +275,8 @@ class Balancer:
         if self.policy.mapped is None:
             raise StateError("this balancer maps no prefixes: create it with mapped source or destination")
         key = np.zeros(1, self.maps["places"].key_dtype)
-        key["length"] = prefix.prefixlen + (96 if prefix.version == 4 else 0)
+        key["length"] = 32 + prefix.prefixlen + (96 if prefix.version == 4 else 0)
+        key["version"] = prefix.version
         key["address"] = np.frombuffer(number_of(prefix.network_address).to_bytes(16), np.uint8)
         return key
 
@@ -330,7 +340,5 @@ def _check_slot(slot: int) -> None:
 
 
 def _network(key: np.void) -> Network:
-    length, packed = int(key["length"]), key["address"].tobytes()
-    if length >= 96 and packed[:12] == bytes(10) + b"\xff\xff":
-        return IPv4Network((packed[12:], length - 96))
-    return IPv6Network((packed, length))
+    length, packed = int(key["length"]) - 32, key["address"].tobytes()
+    return IPv4Network((packed[12:], length - 96)) if key["version"] == 4 else IPv6Network((packed, length))

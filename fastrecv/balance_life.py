@@ -66,7 +66,15 @@ def check_name(name: str) -> None:
 def names(bpffs: PathLike = BPFFS) -> list[str]:
     """The balancers that there are."""
     root = pins.checked_root(Path(bpffs))
-    return sorted(path.name.removeprefix(_PREFIX) for path in root.glob(f"{_PREFIX}*") if (path / "document").exists())
+    return sorted(path.name.removeprefix(_PREFIX) for path in root.glob(f"{_PREFIX}*") if _is_whole(path))
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether it is one; what may not be looked into is taken for one, so that whoever opens it hears so."""
+    try:
+        return (directory / "document").exists()
+    except PermissionError:
+        return True
 
 
 @contextlib.contextmanager
@@ -77,7 +85,7 @@ def create(
     """Make a balancer, or join the one of that name that others have made alike; its lock is held within the context.
 
     Of several that begin at once the first makes it. StateError, which names both values, where the one that is there
-    has another policy, seed, size or program; a seed or a size of None agrees to any.
+    has another policy, seed, size, number of senders or program; a seed or a size of None, or 0 senders, agree to any.
 
     size : slots 0 to size - 1 share the senders; needed by the first. group : gid whose members may read it.
     CAP_BPF to make one.
@@ -91,7 +99,7 @@ def create(
                 pins.remove(directory)
                 raise
         with _open(directory, read_only=False) as balancer:
-            _agree(name, document(directory), balancer, policy, size, empty)
+            _agree(name, document(directory), balancer, policy, size, empty, senders)
             yield balancer
 
 
@@ -133,6 +141,7 @@ def destroy(name: str, *, bpffs: PathLike = BPFFS, timeout: float = 10.0) -> Non
     try:
         with pins.locked(directory, exclusive=True, timeout=timeout):
             whole = (directory / "document").exists()
+            pins.remove(directory / "document")  # first: without it the rest is none, whoever is killed here
             pins.remove(directory)
     except FileNotFoundError:
         whole = False
@@ -197,7 +206,9 @@ def _open(directory: Path, *, read_only: bool) -> Iterator[Balancer]:
         yield balancer
 
 
-def _agree(name: str, there: Document, balancer: Balancer, policy: Policy, size: int | None, empty: Empty) -> None:
+def _agree(
+    name: str, there: Document, balancer: Balancer, policy: Policy, size: int | None, empty: Empty, senders: int
+) -> None:
     """StateError where what is there is not what was asked for."""
     present = len(balancer.weights)
     for what, old, new in (
@@ -206,6 +217,7 @@ def _agree(name: str, there: Document, balancer: Balancer, policy: Policy, size:
         ("seed", there.seed, there.seed if policy.seed is None else policy.seed),
         ("size", present, present if size is None else size),
         ("empty", there.empty, empty),
+        ("senders", there.senders, senders or there.senders),
     ):
         if old != new:
             raise StateError(f"balancer {name!r} is there with {what} {old}, not {new}: take that, or destroy it first")

@@ -40,7 +40,10 @@ class Leaving:
         """Record from now on who comes to a slot. StateError where the balancer was made to know no senders."""
         if not self._senders:
             raise StateError("this balancer knows no senders: create it with --senders, or drain by table")
-        self._mark(self.slots() | {slot})
+        present = self.slots()
+        if slot not in present:
+            self._forget(self._of(slot)[0])  # of one who was killed while he ended it
+            self._mark(present | {slot})
 
     def end(self, slot: int) -> None:
         """Forget whom the slot had: from the next packet on they go where their buckets are."""
@@ -48,9 +51,7 @@ class Leaving:
         if slot not in present:
             return
         self._mark(present - {slot})  # first: nobody is recorded any more
-        keys, _ = self._of(slot)
-        if len(keys):
-            self._forget(keys)
+        self._forget(self._of(slot)[0])
 
     def known(self, slot: int) -> Known:
         _, seen = self._of(slot)
@@ -59,11 +60,12 @@ class Leaving:
         return Known(len(seen), max(0.0, (time.monotonic_ns() - int(seen.max())) / 1e9))
 
     def home(self, key: int) -> int | None:
-        """The slot that a sender is known to have, by the hash of his key; None where he is not known."""
+        """The leaving slot that a sender is known to have, by the hash of his key; None where he is not known."""
         try:
-            return int(self._maps["senders"][np.array([key], np.uint64)]["slot"])
+            found = int(self._maps["senders"][np.array([key], np.uint64)]["slot"])
         except KeyError:
             return None
+        return found if found in self.slots() else None
 
     def _of(self, slot: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """The hashes of those who are known to have a slot, and when they came last."""

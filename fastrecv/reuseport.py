@@ -12,7 +12,7 @@ from fastrecv.steerable import check_member, cookie_of, described, no_group
 if TYPE_CHECKING:  # so that classic BPF needs no libbpf
     from fastrecv.bpf import Map, Program
 
-__all__ = ["attach", "detach", "in_slots", "put", "set_program"]
+__all__ = ["attach", "check", "detach", "in_slots", "put", "set_program"]
 
 _SO_ATTACH_REUSEPORT_EBPF, _SO_DETACH_REUSEPORT_BPF = 52, 68  # include/uapi/asm-generic/socket.h
 _BPF_ANY, _BPF_NOEXIST = 0, 1  # include/uapi/linux/bpf.h
@@ -63,26 +63,38 @@ def in_slots(slots: Map) -> dict[int, int]:
     return dict(zip(numbers.tolist(), cookies.tolist(), strict=True))
 
 
+def check(slots: Map, slot: int, sock: socket.socket, take_over: bool) -> bool:
+    """Whether `put` would change anything; SocketRefusedError where it is known to refuse."""
+    check_member(sock)
+    present, cookie = in_slots(slots), cookie_of(sock)
+    if present.get(slot) == cookie:
+        return False
+    for other, holder in present.items():
+        if holder == cookie:
+            raise SocketRefusedError(f"{described(sock)} has slot {other}: unregister it there first")
+    if slot in present and not take_over:
+        raise _occupied(slot, present[slot])
+    return True
+
+
+def _occupied(slot: int, there: int | None) -> SocketRefusedError:
+    said = f"socket sk:{there:x}" if there is not None else "a socket that has just gone"
+    return SocketRefusedError(f"slot {slot} has {said}: unregister that, or take it over")
+
+
 def put(slots: Map, slot: int, sock: socket.socket, take_over: bool) -> None:
     """Give a slot of a REUSEPORT_SOCKARRAY to a member; nothing where it has it already. No privilege.
 
     take_over : in the place of another that has it, atomically for the packets. SocketRefusedError, with nothing
     changed, where another has it, and where the socket cannot have one.
     """
-    check_member(sock)
-    present, cookie = in_slots(slots), cookie_of(sock)
-    if present.get(slot) == cookie:
+    if not check(slots, slot, sock, take_over):
         return
-    for other, holder in present.items():
-        if holder == cookie:
-            raise SocketRefusedError(f"{described(sock)} has slot {other}: unregister it there first")
     try:
         slots.update([slot], [sock.fileno()], _BPF_ANY if take_over else _BPF_NOEXIST)
     except BpfError as error:
         if error.errno == EEXIST:
-            there = in_slots(slots).get(slot)
-            said = f"socket sk:{there:x}" if there is not None else "a socket that has just gone"
-            raise SocketRefusedError(f"slot {slot} has {said}: unregister that, or take it over") from None
+            raise _occupied(slot, in_slots(slots).get(slot)) from None
         if error.errno == EINVAL:
             raise no_group(sock) from None
         if error.errno == EBUSY:

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,13 @@ def create(
     """
     wanted = Policy.parse(str(policy), mapped=mapped, seed=seed)
     made = name not in balance_life.names(bpffs)
-    with balance_life.create(
-        name, wanted, size, empty=empty, senders=senders, bpffs=bpffs, group=group
-    ) as balancer:  # fmt: skip
-        click.echo(f"{'made' if made else 'there already:'} {name}: {balance_reads.described(balancer)}")
+    try:
+        with balance_life.create(
+            name, wanted, size, empty=empty, senders=senders, bpffs=bpffs, group=group
+        ) as balancer:  # fmt: skip
+            click.echo(f"{'made' if made else 'there already:'} {name}: {balance_reads.described(balancer)}")
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
 
 @balance.command()
@@ -170,6 +173,8 @@ def _register(name: str, slot: int, sockets: Sequence[socket.socket], take_over:
         if slot + len(sockets) > SLOTS:
             raise StateError(f"{len(sockets)} sockets from slot {slot} on: there are slots 0 to {SLOTS - 1}")
         for number, sock in enumerate(sockets, slot):
+            balancer.check(number, sock, take_over=take_over)  # all of them, before any has a slot
+        for number, sock in enumerate(sockets, slot):
             balancer.register(number, sock, take_over=take_over)
             click.echo(f"slot {number}: {steerable.described(sock)}, sk:{steerable.cookie_of(sock):x}")
         _hint(name, sockets[0], balancer.maps.program.info.id)
@@ -256,6 +261,7 @@ def drain(name: str, slot: int, by_sender: bool, learn: float, quiet: float, wai
 
 def _learn(name: str, slot: int, seconds: float, bpffs: Path) -> None:
     with balance_life.opened(name, bpffs=bpffs) as balancer:
+        balancer.without(slot)  # refuses before anything is learnt
         balancer.leaving.begin(slot)
     for _ in _ticks(seconds):
         pass
@@ -280,15 +286,25 @@ def _await_empty_queue(name: str, slot: int, seconds: float, bpffs: Path) -> Non
         cookie = balancer.sockets().get(slot)
     left: int | None = 0
     for _ in _ticks(seconds) if cookie is not None else ():
-        left = next((member.queue for member in groups.members() if member.cookie == cookie), 0)
+        left = next((member.queue for member in groups.members() if member.cookie == cookie), None)
         if not left:
             break
+    if left is None and cookie in _cookies(name, bpffs):
+        raise StateError(
+            f"the socket of slot {slot} is in another network namespace, or in no group any more: nobody here sees its "
+            "queue, enter that namespace"
+        )
     if left:
         raise StateError(f"slot {slot} still has {left:,} queued after {seconds:g} s: its process does not read")
     with balance_life.opened(name, bpffs=bpffs) as balancer:
         if balancer.sockets().get(slot) == cookie:
             balancer.unregister(slot)
     click.echo(f"slot {slot} is empty, and nothing is queued: its process can end")
+
+
+def _cookies(name: str, bpffs: Path) -> Collection[int]:
+    with balance_life.opened(name, bpffs=bpffs, read_only=True) as balancer:
+        return balancer.sockets().values()
 
 
 def _ticks(seconds: float | None) -> Iterator[None]:

@@ -85,6 +85,6 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror is not None:
         text = error.strerror
         if error.filename is not None:
-            denied = "permission denied (run as root; to read, as a member of the group that `load --group` names)"
+            denied = "permission denied (run as root; to read, as a member of the group that was given with --group)"
             text = f"{error.filename}: {denied if isinstance(error, PermissionError) else text}"
     return " ".join(text.split())

@@ -34,13 +34,13 @@ class Said(NamedTuple):
 
 
 class Command:
-    """`fastrecv lookup`, run in this process on a bpffs of its own."""
+    """`fastrecv lookup`, or another group of commands, run in this process on a bpffs of its own."""
 
-    def __init__(self, bpffs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.bpffs, self._capsys = bpffs, capsys
+    def __init__(self, bpffs: Path, capsys: pytest.CaptureFixture[str], group: str = "lookup") -> None:
+        self.bpffs, self._capsys, self._group = bpffs, capsys, group
 
     def __call__(self, name: str, *arguments: object) -> Said:
-        return self.bare("lookup", name, *arguments, "--bpffs", self.bpffs)
+        return self.bare(self._group, name, *arguments, "--bpffs", self.bpffs)
 
     def bare(self, *arguments: object) -> Said:
         self._capsys.readouterr()
@@ -72,12 +72,13 @@ class Command:
         said = self(name, *arguments)
         assert (said.code, said.out) == (2, "")
         (line,) = said.err.splitlines()
-        assert line.startswith(f"fastrecv lookup {name}: ")
-        assert line.endswith(f" (see fastrecv lookup {name} --help)")
-        return line.removeprefix(f"fastrecv lookup {name}: ").removesuffix(f" (see fastrecv lookup {name} --help)")
+        path = f"fastrecv {self._group} {name}"
+        assert line.startswith(f"{path}: ")
+        assert line.endswith(f" (see {path} --help)")
+        return line.removeprefix(f"{path}: ").removesuffix(f" (see {path} --help)")
 
     def process(self, name: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
-        words = [*COMMAND, "lookup", name, *map(str, arguments), "--bpffs", str(self.bpffs)]
+        words = [*COMMAND, self._group, name, *map(str, arguments), "--bpffs", str(self.bpffs)]
         return subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -14,8 +15,9 @@ import pytest
 
 from fastrecv import bpf
 from fastrecv.bench.runner import NEEDS
+from tests.kernel.balancing import group
 from tests.kernel.commands import Command
-from tests.kernel.steering import SCRIPTED, Compile, Stage, staged
+from tests.kernel.steering import SCRIPTED, UDP, Compile, Stage, staged
 
 HERE = Path(__file__).parent
 RCU = Path("/sys/kernel/rcu_expedited")
@@ -113,6 +115,28 @@ def bpffs() -> Iterator[Path]:
 def lookup(stage: Stage, bpffs: Path, capsys: pytest.CaptureFixture[str]) -> Command:
     """`fastrecv lookup` in the stage's namespace; nothing is loaded yet."""
     return Command(bpffs, capsys)
+
+
+@pytest.fixture
+def balance(stage: Stage, bpffs: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    """`fastrecv balance` in the stage's namespace; no balancer is there yet."""
+    return Command(bpffs, capsys, "balance")
+
+
+@pytest.fixture
+def members(stage: Stage) -> list[socket.socket]:
+    """Three of one UDP group."""
+    return group(stage, UDP, "ipv4", 3)
+
+
+@pytest.fixture
+def flows(balance: Command, members: list[socket.socket]) -> Command:
+    """A balancer `flows` with three slots, whose sockets have their program."""
+    balance.done("create", "flows", "--policy", "source+port", "--size", 3)
+    balance.done("attach", "flows", "--fd", members[0].fileno())
+    for slot, member in enumerate(members):
+        balance.done("register", "flows", slot, "--fd", member.fileno())
+    return balance
 
 
 @pytest.fixture

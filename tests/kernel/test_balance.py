@@ -2,101 +2,63 @@
 
 from __future__ import annotations
 
-import select
 import socket
-from ipaddress import ip_address
 
-import numpy as np
 import pytest
 
-from fastrecv.balance import Balancer
+from fastrecv.balance import SLOTS, Balancer
 from fastrecv.balance_explain import explain
 from fastrecv.errors import SocketRefusedError
-from fastrecv.policies import BUCKETS, Key, Policy, Sender
-from tests.kernel.steering import PORT, TCP, UDP, Stage, kinds
+from fastrecv.policies import BUCKETS, Policy
+from tests.kernel.balancing import balanced, families, group, homes, senders, taker, takers
+from tests.kernel.steering import TCP, UDP, Stage, kinds
 
-# The address that members are bound to, and the network that clients and servers are in.
-FAMILIES = {
-    "ipv4": ("0.0.0.0", "198.51.100.{}"),  # noqa: S104 - a private namespace
-    "ipv6": ("::", "2001:db8:7::{:x}"),
-    "dual": ("::", "198.51.100.{}"),
-}
-families = pytest.mark.parametrize("family", FAMILIES)
+EXPLAINED = 12  # senders of a test that `explain` is asked about: it reads all tables anew for each
 
 
-def group(stage: Stage, kind: int, family: str, count: int) -> list[socket.socket]:
-    return [
-        stage.serve(str(number), kind, FAMILIES[family][0], PORT, reuseport=True, only6=family == "ipv6")
-        for number in range(count)
-    ]
-
-
-def senders(family: str, count: int) -> list[Sender]:
-    rng, net = np.random.default_rng(count), FAMILIES[family][1]
-    return [
-        Sender(
-            ip_address(net.format(1 + int(rng.integers(120)))), 10_000 + number,
-            ip_address(net.format(130 + int(rng.integers(60)))), PORT,
-        )
-        for number in range(count)
-    ]  # fmt: skip
-
-
-def taker(stage: Stage, kind: int, sender: Sender) -> int | None:
-    """The member that gets a datagram or a connection of the sender; None where it is refused."""
-    with stage.bind(kind, str(sender.source), sender.source_port) as client:
-        try:
-            client.connect((str(sender.destination), sender.destination_port))
-            client.send(b"?")
-            ready = select.select([client, *stage.servers.values()], [], [], 5)[0]
-            if client in ready:
-                client.recv(1)
-            (server,) = ready
-        except ConnectionRefusedError:
-            return None
-        (name,) = (name for name, known in stage.servers.items() if known is server)
-        if kind == TCP:
-            server.accept()[0].close()
-        else:
-            server.recv(9)
-        return int(name)
-
-
-@kinds
 @families
-@pytest.mark.parametrize("key", ["source", "source+port", "flow", "destination"])
-def test_every_sender_comes_to_the_member_that_user_space_names(stage: Stage, kind: int, family: str, key: Key) -> None:
-    policy = Policy(key, seed=7) if key == "destination" else Policy(key, prefix4=29, prefix6=125, seed=7)
-    with Balancer(policy) as balancer:
-        members = group(stage, kind, family, 4)
-        balancer.attach(members[0])
-        for slot, member in enumerate(members):
-            balancer.register(slot, member)
+@pytest.mark.parametrize("policy", ["source", "source/29/125", "source+port", "flow", "flow/24/64", "destination"])
+def test_every_datagram_comes_to_the_member_that_user_space_names(stage: Stage, family: str, policy: str) -> None:
+    with Balancer(Policy.parse(policy, seed=7)) as balancer:
+        balanced(stage, balancer, UDP, family, 4)
         balancer.weigh({0: 1, 1: 1, 2: 2, 3: 1})
+        asked = senders(family, 600)
+        found = takers(stage, asked)
+        assert found == homes(balancer, asked)
+        assert found[:EXPLAINED] == [explain(balancer, sender).taker for sender in asked[:EXPLAINED]]
+        assert policy == "flow/24/64" or set(found) == {0, 1, 2, 3}
+        counts = balancer.counters()
+        assert [counts[slot]["selected"] for slot in range(4)] == [found.count(slot) for slot in range(4)]
+        assert all(counts[slot][name] == 0 for slot in counts for name in ("empty", "fallback", "unreadable", "wrong"))
+
+
+@families
+@pytest.mark.parametrize("policy", ["source", "source/29/125", "source+port", "flow", "destination"])
+def test_every_connection_comes_to_the_member_that_user_space_names(stage: Stage, family: str, policy: str) -> None:
+    with Balancer(Policy.parse(policy, seed=8)) as balancer:
+        balanced(stage, balancer, TCP, family, 4)
         asked = senders(family, 60)
-        found = [taker(stage, kind, sender) for sender in asked]
+        found = [taker(stage, TCP, sender) for sender in asked]
         assert found == [explain(balancer, sender).taker for sender in asked]
         assert len(set(found)) == 4
         counts = balancer.counters()
-        # A TCP connection runs the program for its SYN and, with cookies, for the last ACK.
+        # A connection runs the program for its SYN and, with cookies, for the last ACK.
         assert sum(counts[slot]["selected"] for slot in range(4)) >= len(asked)
         assert all(counts[slot][name] == 0 for slot in counts for name in ("empty", "fallback", "unreadable", "wrong"))
 
 
 def test_senders_whose_bucket_stays_never_move_and_as_few_move_as_can(stage: Stage) -> None:
     with Balancer(Policy("source+port")) as balancer:
-        members = group(stage, UDP, "ipv4", 5)
-        balancer.attach(members[0])
-        for slot, member in enumerate(members):
-            balancer.register(slot, member)
-        asked = senders("ipv4", 200)
+        balanced(stage, balancer, UDP, "ipv4", 5)
         balancer.weigh(dict.fromkeys(range(4), 1))
-        before = [taker(stage, UDP, sender) for sender in asked]
+        asked = senders("ipv4", 2000)
+        before = takers(stage, asked)
         assert balancer.weigh(dict.fromkeys(range(5), 1)) == BUCKETS // 5
-        after = [taker(stage, UDP, sender) for sender in asked]
+        after = takers(stage, asked)
         assert all(new in (old, 4) for old, new in zip(before, after, strict=True))
+        assert after.count(4) > 0
         assert balancer.weigh(dict.fromkeys(range(4), 1)) == BUCKETS // 5
-        assert {taker(stage, UDP, sender) for sender in asked} == {0, 1, 2, 3}
+        assert set(takers(stage, asked)) == {0, 1, 2, 3}
 
 
 @kinds
@@ -107,8 +69,12 @@ def test_what_becomes_of_senders_whose_slot_is_empty(stage: Stage, kind: int, em
         balancer.attach(members[0])
         balancer.register(5, members[1])
         balancer.weigh({3: 1})
-        assert {taker(stage, kind, sender) for sender in senders("ipv4", 30)} == found
+        asked = senders("ipv4", 30)
+        assert {taker(stage, kind, sender) for sender in asked} == found
+        told = explain(balancer, asked[0])
+        assert (told.slot, told.taker) == (3, 5 if empty == "next" else None)
         assert balancer.counters()[3]["empty"] >= 30
+        assert balancer.counters()[5]["fallback"] == (balancer.counters()[3]["empty"] if empty == "next" else 0)
         balancer.register(3, members[0])
         assert {taker(stage, kind, sender) for sender in senders("ipv4", 31)[-20:]} == {0}
         balancer.unregister(3)
@@ -116,36 +82,85 @@ def test_what_becomes_of_senders_whose_slot_is_empty(stage: Stage, kind: int, em
         assert taker(stage, kind, senders("ipv4", 32)[-1]) in found
 
 
+def test_the_next_of_the_last_slot_is_the_first_that_has_a_socket(stage: Stage) -> None:
+    with Balancer(Policy("flow"), empty="next") as balancer:
+        members = group(stage, UDP, "ipv4", 2)
+        balancer.attach(members[0])
+        balancer.register(9, members[0])
+        balancer.register(60, members[1])
+        asked = senders("ipv4", 10)
+        for home, expected, slot in [(SLOTS - 1, 0, 9), (8, 0, 9), (10, 1, 60), (59, 1, 60), (61, 0, 9)]:
+            balancer.weigh({home: 1})
+            assert takers(stage, asked) == [expected] * len(asked)
+            assert explain(balancer, asked[0]).taker == slot
+
+
+@pytest.mark.parametrize("empty", ["drop", "next"])
+def test_senders_that_no_slot_has_are_counted_apart(stage: Stage, empty: str) -> None:
+    with Balancer(Policy("flow"), empty=empty) as balancer:  # type: ignore[arg-type] # one of the two
+        members = group(stage, UDP, "ipv4", 2)
+        balancer.attach(members[0])
+        balancer.register(0, members[0])
+        balancer.register(2, members[1])
+        asked = senders("ipv4", 20)
+        expected = None if empty == "drop" else 1
+        assert [taker(stage, UDP, sender) for sender in asked] == [expected] * 20
+        told = explain(balancer, asked[0])
+        assert (told.slot, told.taker) == (None, None if empty == "drop" else 2)
+        assert "which no slot has" in told.reason
+        assert balancer.counters()[None]["empty"] == 20
+
+
 def test_what_cannot_be_balanced_is_refused_with_the_cure(stage: Stage) -> None:
     with Balancer(Policy()) as balancer:
         alone = stage.bind(UDP, "198.51.100.2", 9000)
-        with pytest.raises(SocketRefusedError, match="port 9000 is in no group: set SO_REUSEPORT before"):
+        with pytest.raises(
+            SocketRefusedError, match=r"198\.51\.100\.2 port 9000 is in no group: set SO_REUSEPORT before"
+        ):
             balancer.register(0, alone)
-        with pytest.raises(ValueError, match="slot 128: give 0 to 127"):
-            balancer.register(128, alone)
-        (member,) = group(stage, UDP, "ipv4", 1)
-        balancer.register(0, member)
-        with pytest.raises(SocketRefusedError, match="port 7007 has slot 0: unregister it there first"):
-            balancer.register(1, member)
         with (
             socket.socket(socket.AF_INET, UDP) as unbound,
-            pytest.raises(SocketRefusedError, match="is not bound: register it after bind"),
+            pytest.raises(SocketRefusedError, match=r"is in no group yet, it is from bind\(\) on"),
         ):
             balancer.attach(unbound)
 
 
+def test_slots_weights_and_sizes_that_cannot_be_change_nothing(stage: Stage) -> None:
+    with Balancer(Policy(), size=2) as balancer:
+        (member,) = group(stage, UDP, "ipv4", 1)
+        before = balancer.maps.table().tobytes()
+        for call, reason in [
+            (lambda: balancer.register(128, member), "slot 128: give 0 to 127"),
+            (lambda: balancer.unregister(-1), "slot -1: give 0 to 127"),
+            (lambda: balancer.weigh({0: 1, 128: 1}), "slot 128: give 0 to 127"),
+            (lambda: balancer.weigh({0: 1, 1: 0}), "weight 0 of slot 1: give 1 to 1000"),
+            (lambda: balancer.weigh({0: 1001}), "weight 1001 of slot 0: give 1 to 1000"),
+            (lambda: balancer.resize(129), "size 129: give 0 to 128"),
+            (lambda: balancer.drain(128), "slot 128: give 0 to 127"),
+        ]:
+            with pytest.raises(ValueError, match=reason):
+                call()  # type: ignore[no-untyped-call]
+        assert (balancer.weights, balancer.sockets()) == ({0: 1, 1: 1}, {})
+        assert balancer.maps.table().tobytes() == before
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"key": "sauce"}, "give source, source"), ({"prefix4": 33}, "give 0 to 32"), ({"seed": -1}, "give 0 to 2")],
+    [
+        ({"policy": Policy("rxhash")}, "key 'rxhash' is for classic BPF only"),
+        ({"size": 129}, "size 129: give 0 to 128"),
+        ({"empty": "pass"}, "give drop, kernel, next"),
+        ({"senders": -1}, "give 0 to 10,000,000"),
+        ({"policy": Policy("cpu"), "senders": 5}, "key 'cpu' knows no senders: leave senders out"),
+        ({"policy": Policy("random"), "senders": 5}, "key 'random' knows no senders: leave senders out"),
+    ],
 )
-def test_a_policy_that_makes_no_sense_is_refused(options: dict[str, object], reason: str) -> None:
+def test_a_balancer_that_makes_no_sense_is_refused(options: dict[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        Policy(**options)  # type: ignore[arg-type] # that is the point
+        Balancer(**{"policy": Policy(), **options})  # type: ignore[arg-type] # that is the point
 
 
-def test_the_hash_spreads_neighbours_evenly() -> None:
-    policy = Policy(seed=0)
-    found = [policy.bucket(Sender(ip_address(f"10.{a}.{b}.1"), 1, ip_address("10.0.0.1"), 1)) for a in range(64)
-             for b in range(256)]  # fmt: skip
-    counts = np.bincount(np.array(found, int), minlength=BUCKETS)
-    assert abs(counts.var() / counts.mean() - 1) < 0.1, "as many as a random hash puts together, no more"
+def test_where_seeds_are_drawn_no_two_are_alike_and_those_that_are_given_stay() -> None:
+    with Balancer(Policy()) as one, Balancer(Policy()) as other, Balancer(Policy(seed=0)) as given:
+        assert len({one.policy.seed, other.policy.seed, given.policy.seed}) == 3
+        assert given.policy.seed == 0

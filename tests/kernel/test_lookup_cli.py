@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pyroute2 import IPRoute
 
-from fastrecv import generations, lookup_life, pins
+from fastrecv import bpf, lookup_life, pins
 from fastrecv.lookup import Dispatcher, directory_of
 from fastrecv.netns import Namespace
 from tests.kernel.commands import MANY, WEB, Command, one_line, rows
@@ -61,7 +61,7 @@ def test_where_nothing_is_loaded_everything_says_how_to_load(
 
 def test_upgrade_says_from_what_to_what(lookup: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as then:
-        then.setattr(generations, "digest", lambda: "another")
+        then.setattr(bpf, "digest", lambda _: "another")
         lookup.done("load")
         lookup.done("bind", *WEB)
     before = lookup("bindings", "--json").json
@@ -336,5 +336,5 @@ def test_what_may_not_be_read_is_named_with_who_may(loaded: Command, stage: Stag
     with only():
         said = loaded("status")
     assert (said.code, said.out) == (77, "")
-    denied = "permission denied (run as root; to read, as a member of the group that `load --group` names)"
+    denied = "permission denied (run as root; to read, as a member of the group that was given with --group)"
     assert one_line(said.err) == f"{directory}: {denied}"
