@@ -13,9 +13,9 @@ from fastrecv.classic import Filter
 from fastrecv.errors import BpfError, StateError
 from fastrecv.policies import Policy
 from fastrecv.reuseport import detach
+from tests.kernel.balancing import group, senders, taker
 from tests.kernel.privileges import CAP_BPF, only
 from tests.kernel.steering import PORT, TCP, UDP, Stage, kinds, nets
-from tests.kernel.test_balance import group, senders, taker
 
 
 @kinds

@@ -55,7 +55,7 @@ def test_status_shows_the_slots_and_the_overview_all_balancers(flows: Command, m
 def test_status_complains_of_a_program_that_was_replaced_and_attach_puts_it_back(
     flows: Command, members: list[socket.socket]
 ) -> None:
-    fd, cure = members[0].fileno(), "`fastrecv balance attach flows` puts it back"
+    fd, cure = members[0].fileno(), "`fastrecv balance attach flows` gives it this one"
     mine = groups.program_of(members[0])
     where = "the group of udp 0.0.0.0 port 7007"
     flows.bare("balance", "detach", "--fd", fd)

@@ -76,7 +76,7 @@ def test_the_table_is_the_policys(
         balanced(balancer, listener, protocol, ip_address(net.format(1).strip("[]")))
         clients = connected(capsys, protocol, where, *words)
         listener.end()
-        expected = [explain(balancer, sender(client, payloads[client["client"]])).taker for client in clients]
+        expected = [explain(balancer, sender(client, payloads[client["client"]])).slot for client in clients]
     assert [client["server"]["slot"] for client in clients] == expected
     assert len(set(expected)) == 4
     assert len({client["source"]["host"] for client in clients}) == 50
