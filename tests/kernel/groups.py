@@ -6,29 +6,21 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from ipaddress import ip_address
 
 import numpy as np
-import pytest
 
 from fastrecv.classic import Filter, Instruction
 from fastrecv.classic.instructions import packed
 from fastrecv.policies import Policy, Sender
+from tests.kernel.balancing import FAMILIES
 from tests.kernel.privileges import as_user
 from tests.kernel.steering import PORT, TCP, Stage
 
 NOBODY = 65534  # an ordinary user
 SO_ATTACH_REUSEPORT_CBPF = 51  # include/uapi/asm-generic/socket.h
 
-# The address that members are bound to, and the network that clients and servers are in.
-FAMILIES = {
-    "ipv4": ("0.0.0.0", "198.51.100.{}"),  # noqa: S104 - a private namespace
-    "ipv6": ("::", "2001:db8:7::{:x}"),
-    "dual": ("::", "198.51.100.{}"),
-}
-families = pytest.mark.parametrize("family", FAMILIES)
 Option = tuple[int, int, int | bytes]
 
 
@@ -74,17 +66,6 @@ def attach(sock: socket.socket, instructions: Iterable[Instruction]) -> None:
     sock.setsockopt(
         socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, struct.pack("@HP", len(program) // 8, buffer.ctypes.data)
     )
-
-
-def senders(family: str, count: int, payload: Callable[[int], bytes] = lambda number: b"?") -> list[Sender]:
-    rng, net = np.random.default_rng(count), FAMILIES[family][1]
-    return [
-        Sender(
-            ip_address(net.format(1 + int(rng.integers(120)))), 10_000 + number,
-            ip_address(net.format(130 + int(rng.integers(60)))), PORT, payload(number),
-        )
-        for number in range(count)
-    ]  # fmt: skip
 
 
 def taker(stage: Stage, kind: int, sender: Sender, options: Iterable[Option] = ()) -> int:

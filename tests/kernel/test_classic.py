@@ -16,7 +16,8 @@ import pytest
 from pyroute2 import IPRoute
 
 from fastrecv.policies import Key, Policy, Sender
-from tests.kernel.groups import families, senders, served_by_nobody, taker
+from tests.kernel.balancing import families, senders
+from tests.kernel.groups import served_by_nobody, taker
 from tests.kernel.steering import TCP, UDP, Stage, kinds
 
 IP_OPTIONS, IPV6_DSTOPTS = 4, 59  # include/uapi/linux/in.h, in6.h

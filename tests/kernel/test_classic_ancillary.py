@@ -15,7 +15,8 @@ from pyroute2 import IPRoute
 from fastrecv.classic import Filter
 from fastrecv.netns import Namespace
 from fastrecv.policies import Policy
-from tests.kernel.groups import families, senders, serve, served_by_nobody, taken, taker
+from tests.kernel.balancing import families, senders
+from tests.kernel.groups import serve, served_by_nobody, taken, taker
 from tests.kernel.steering import PORT, UDP, Stage, kinds
 
 SIZE = 7

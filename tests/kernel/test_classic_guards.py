@@ -18,7 +18,8 @@ from fastrecv.classic.instructions import RETURN, ld
 from fastrecv.errors import BpfError, SocketRefusedError
 from fastrecv.policies import Policy, Sender
 from fastrecv.reuseport import detach
-from tests.kernel.groups import NOBODY, attach, families, senders, serve, served_by_nobody, taker
+from tests.kernel.balancing import families, senders
+from tests.kernel.groups import NOBODY, attach, serve, served_by_nobody, taker
 from tests.kernel.privileges import as_user
 from tests.kernel.steering import PORT, TCP, UDP, Stage, kinds
 

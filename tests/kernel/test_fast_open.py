@@ -15,7 +15,8 @@ import pytest
 
 from fastrecv.classic import Filter
 from fastrecv.policies import Policy, Sender
-from tests.kernel.groups import families, senders, served_by_nobody, taken
+from tests.kernel.balancing import families, senders
+from tests.kernel.groups import served_by_nobody, taken
 from tests.kernel.steering import TCP, Stage
 
 SYSCTL = Path("/proc/sys/net/ipv4/tcp_fastopen")
