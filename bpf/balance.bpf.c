@@ -12,11 +12,9 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 #include "balance.h"
+#include "balance_maps.h"
 
 #define ENOENT 2 /* include/uapi/asm-generic/errno-base.h */
-
-#define SLOTS 128
-#define NOBODY 0xffff /* the slot of a bucket that nobody has */
 
 /* What becomes of a sender whose slot has no socket. */
 #define EMPTY_DROP 0
@@ -28,105 +26,6 @@ const volatile __u32 empty;
 const volatile __u32 mapped;       /* SOURCE or DESTINATION: its prefixes may have slots of their own */
 const volatile __u32 tracking;     /* whether slots can be drained sender by sender */
 const volatile __u32 counting = 1; /* 0: to measure what it costs */
-
-struct counters {
-	__u64 selected;
-	__u64 empty;      /* its slot had no socket */
-	__u64 fallback;   /* given to this slot because its own had no socket */
-	__u64 unreadable; /* no IP header where there should be one */
-	__u64 wrong;      /* the socket in the slot is of another group */
-};
-
-/* What user space changes while the program runs. */
-struct control {
-	__u64 leaving[SLOTS / 64]; /* slots that are being drained sender by sender, a bit each */
-	__u32 draining;            /* whether any is */
-	__u32 sampling;            /* one packet in so many is told to the ring buffer; 0: none */
-};
-
-struct known {
-	__u64 seen; /* ns, CLOCK_MONOTONIC */
-	__u32 slot;
-	__u32 unused;
-};
-
-struct prefix {
-	__u32 length; /* bits, of the version and the mapped address */
-	__u32 version; /* 4 or 6: ::/0 is no prefix of IPv4 addresses */
-	__u8 address[16];
-};
-
-struct choice { /* what a watcher is told */
-	struct flow flow;
-	__u32 bucket;
-	__u32 slot;   /* SLOTS: none */
-	__s32 outcome; /* 0: selected; else what the kernel answered, a negative errno */
-	__u64 time;    /* ns, CLOCK_MONOTONIC */
-};
-
-const struct choice *const volatile choice_layout; /* so that the object describes the struct */
-
-struct table {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, BUCKETS);
-	__type(key, __u32);
-	__type(value, __u32);
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__array(values, struct table);
-} tables SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_REUSEPORT_SOCKARRAY);
-	__uint(max_entries, SLOTS);
-	__type(key, __u32);
-	__type(value, __u64);
-} slots SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, SLOTS + 1); /* the last is of those that have no slot */
-	__type(key, __u32);
-	__type(value, struct counters);
-} counts SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct control);
-} control SEC(".maps");
-
-struct { /* of user space alone: what the table in force was made from, or is to be */
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, SLOTS);
-	__type(key, __u32);
-	__type(value, __u32);
-} weights SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
-	__uint(max_entries, 1 << 16);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct prefix);
-	__type(value, __u32);
-} places SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 1);
-	__type(key, __u64);
-	__type(value, struct known);
-} senders SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 1 << 18);
-} choices SEC(".maps");
 
 static __always_inline __u32 slot_of_table(__u32 bucket)
 {
@@ -218,7 +117,7 @@ int balance(struct sk_reuseport_md *md)
 
 	if (migrating) {
 		flow_of_socket(migrating, &flow);
-	} else if (flow_of_packet(md, &flow)) {
+	} else if (flow_of_packet(md, &flow, needed() | mapped)) {
 		count = bpf_map_lookup_elem(&counts, &none);
 		if (count)
 			count->unreadable++;
@@ -253,7 +152,8 @@ int balance(struct sk_reuseport_md *md)
 		if (count)
 			count->fallback++;
 	}
-	if (now->sampling && bpf_get_prandom_u32() % now->sampling == 0)
+	if (now->sampling && bpf_get_prandom_u32() % now->sampling == 0 &&
+	    (migrating || !flow_of_packet(md, &flow, FLOW)))
 		tell(&flow, bucket, slot, error);
 	return verdict;
 }

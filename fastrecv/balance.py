@@ -25,7 +25,7 @@ from fastrecv.steerable import described
 __all__ = ["COUNTERS", "EMPTY_POLICIES", "MAX_WEIGHT", "SLOTS", "Balancer", "Empty", "Network", "Slot", "State"]
 
 COUNTERS = ("selected", "empty", "fallback", "unreadable", "wrong")
-"""Of a slot: struct counters of bpf/balance.bpf.c."""
+"""Of a slot: struct counters of bpf/balance_maps.h."""
 EMPTY_POLICIES = ("drop", "kernel", "next")
 MAX_WEIGHT = 1000
 

@@ -17,7 +17,7 @@ from fastrecv.policies import BUCKETS, Policy
 
 __all__ = ["SLOTS", "Maps"]
 
-SLOTS = 128  # of bpf/balance.bpf.c
+SLOTS = 128  # of bpf/balance_maps.h
 _NAMES = ("tables", "slots", "counts", "control", "weights", "places", "senders", "choices")
 _TABLES = ("table-0", "table-1")
 _INDICES = np.arange(BUCKETS, dtype=np.uint32)

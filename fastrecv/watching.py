@@ -37,7 +37,7 @@ REASONS = (
 """Why a packet was dropped, as place_of() in bpf/watch.bpf.c counts; include/net/dropreason-core.h explains each."""
 
 _STATE, _OVERFLOW, _DROP = 1, 2, 3  # of bpf/watch.bpf.c
-_SLOTS = 128  # of bpf/balance.bpf.c: the slot of a choice that found none
+_SLOTS = 128  # of bpf/balance_maps.h: the slot of a choice that found none
 
 
 class Watch:
