@@ -236,7 +236,7 @@ def described(account: Account) -> str:
         f"({account.sent / account.seconds:,.0f} a second)"
     ]
     lines += [
-        f"  {step.before} to {step.after} members: {step.moved:,} senders moved, {step.ideal:,.0f} is the least "
+        f"  {step.before} to {step.after} members: {step.moved:,} senders moved, {step.ideal:,.0f} ideally "
         f"(x {step.moved / step.ideal:.2f}), {1000 * step.seconds:.0f} ms"
         for step in account.steps
     ]
