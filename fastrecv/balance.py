@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from errno import EINVAL, ENOENT, EPERM
 from ipaddress import IPv4Network, IPv6Network
-from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from fastrecv import buckets, groups, reuseport
 from fastrecv.balance_maps import SLOTS, Maps
 from fastrecv.classic import Filter
+from fastrecv.closing import Closing
 from fastrecv.errors import BpfError, StateError
 from fastrecv.leaving import Leaving
 from fastrecv.policies import Policy, number_of
@@ -51,7 +51,7 @@ class Slot(NamedTuple):
     counters: dict[str, int]
 
 
-class Balancer:
+class Balancer(Closing):
     """Balances one reuseport group, TCP or UDP, by a policy; a context manager.
 
     policy : where its seed is None, one is drawn. size : slots 0 to size - 1 share the senders, evenly. empty : what
@@ -98,14 +98,6 @@ class Balancer:
     def close(self) -> None:
         """Let go of the program and its maps; a group that it is attached to keeps them."""
         self.maps.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # The group
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from fastrecv import bpf, buckets, pins
 from fastrecv.bpf import Map, Program
 from fastrecv.buckets import Table
+from fastrecv.closing import Closing
 from fastrecv.errors import StateError
 from fastrecv.policies import BUCKETS, Policy
 
@@ -24,7 +24,7 @@ _INDICES = np.arange(BUCKETS, dtype=np.uint32)
 _EMPTY = {"drop": 0, "kernel": 1, "next": 2}
 
 
-class Maps:
+class Maps(Closing):
     """A context manager that holds them; what is attached or pinned goes on without it.
 
     Attributes: program. By their names in it: slots, counts, control, weights, places, senders, choices.
@@ -89,14 +89,6 @@ class Maps:
 
     def close(self) -> None:
         self._held.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def table(self) -> Table:
         """The slot of every bucket, as is in force."""

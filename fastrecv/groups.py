@@ -14,12 +14,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastrecv import bpf
+from fastrecv.closing import Closing
 from fastrecv.errors import SocketRefusedError, StateError
 from fastrecv.netns import Namespace
 from fastrecv.netns import cookie_of as namespace_of
@@ -87,7 +87,7 @@ class Owner(NamedTuple):
     command: str
 
 
-class Groups:
+class Groups(Closing):
     """The loaded iterators, for who reads more than once; a context manager. CAP_BPF and CAP_PERFMON.
 
     PermissionError says which privilege is missing.
@@ -99,14 +99,6 @@ class Groups:
 
     def close(self) -> None:
         self._object.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def sockets(self) -> list[Member]:
         """Every TCP listener and every bound UDP socket of the calling thread's network namespace.

@@ -23,13 +23,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from errno import EACCES, EPERM
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
 from fastrecv import bpf, generations, listeners, pins, ruletext
 from fastrecv.bpf import Link, LinkInfo, Map, Program
+from fastrecv.closing import Closing
 from fastrecv.errors import BpfError, StateError
 from fastrecv.members import Members
 from fastrecv.netns import Namespace
@@ -59,7 +59,7 @@ class Serving(NamedTuple):
     counters: dict[str, int]
 
 
-class Dispatcher:
+class Dispatcher(Closing):
     """The dispatcher of one network namespace, opened: a context manager that holds its lock.
 
     Opened to change it, the lock is exclusive; read_only, it is shared with other readers.
@@ -182,14 +182,6 @@ class Dispatcher:
     def close(self) -> None:
         """Let the lock go. Everything stays as it is, and in force."""
         self._held.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # What stands
 

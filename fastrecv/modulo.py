@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from errno import EACCES
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 
 from fastrecv import bpf, pins, reuseport
+from fastrecv.closing import Closing
 from fastrecv.errors import StateError
 from fastrecv.jhash import jhash
 from fastrecv.steerable import check_member, protocol_of
@@ -41,7 +41,7 @@ _WORD = (1 << 32) - 1
 Protocol = Literal["tcp", "udp"]
 
 
-class Modulo:
+class Modulo(Closing):
     """The four maps under a pin root, and a program over them; a context manager.
 
     root : a directory of a BPF file system: /sys/fs/bpf/pmacct is the patched pmacct's, /sys/fs/bpf/reuseport the
@@ -87,14 +87,6 @@ class Modulo:
     def close(self) -> None:
         """Let go of the program and the maps: they stay pinned, and the program in force."""
         self._object.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def size(self) -> int:

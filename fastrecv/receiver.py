@@ -7,7 +7,6 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Any, NamedTuple, Self, Unpack
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from fastrecv import sockets
 from fastrecv._recv import MAX_BATCH, MAX_SLOT, Batch, Reader, send
+from fastrecv.closing import Closing
 from fastrecv.options import FAMILIES, Features, Options, apply, columns_of, refuse_unknown, reports_errors
 from fastrecv.replies import Buffer, Replier
 from fastrecv.sockets import Address
@@ -36,7 +36,7 @@ class Statistics(NamedTuple):
     unanswered: int
 
 
-class Receiver:
+class Receiver(Closing):
     """Receives batches of datagrams from one socket: UDP over IPv4, IPv6 or both, or AF_UNIX.
 
     Receiver(sock) works on a socket that is open already and stays its owner's: the Receiver has a descriptor of its
@@ -284,14 +284,6 @@ class Receiver:
         if self.socket.fileno() >= 0:
             sockets.remove_path(self.socket, self._path)
             self.socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_reader") and not self.closed:  # a constructor may have failed

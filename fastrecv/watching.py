@@ -16,11 +16,11 @@ from errno import errorcode
 from ipaddress import IPv6Address
 from itertools import groupby
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from fastrecv import bpf, features
 from fastrecv.bpf import Map, Ring
+from fastrecv.closing import Closing
 from fastrecv.groups import CLASSIC, STATES, Member, Owner
 from fastrecv.netns import Namespace
 from fastrecv.reuseport import in_slots
@@ -40,7 +40,7 @@ _STATE, _OVERFLOW, _DROP = 1, 2, 3  # of bpf/watch.bpf.c
 _SLOTS = 128  # of bpf/balance_maps.h: the slot of a choice that found none
 
 
-class Watch:
+class Watch(Closing):
     """Sees the TCP and UDP sockets of the calling thread's network namespace, from here to close(); a context manager.
 
     port : only what comes from this port or goes to it; 0 for all.
@@ -109,14 +109,6 @@ class Watch:
 
     def close(self) -> None:
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Choices:

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from errno import EINTR
 from ipaddress import ip_address
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -33,6 +32,7 @@ from fastrecv.bench.lab import (
     Lab,
 )
 from fastrecv.bpf import Object, packaged
+from fastrecv.closing import Closing
 from fastrecv.errors import BpfError
 from fastrecv.policies import Sender
 from fastrecv.sockets import drop_everything
@@ -195,7 +195,7 @@ def open_sink(flood: Flood, lab: Lab) -> Iterator[socket.socket]:
         yield sink
 
 
-class Source:
+class Source(Closing):
     """The traffic source of one flood: the program flood.bpf.c with the flood's frame. A context manager.
 
     Attributes: flood.
@@ -262,16 +262,8 @@ class Source:
     def close(self) -> None:
         self._object.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class Counter:
+class Counter(Closing):
     """One counter of the host's stack, read over /proc/net: the file stays open, and with it the namespace."""
 
     def __init__(self, lab: Lab, counter: tuple[str, str, str]) -> None:
@@ -291,11 +283,3 @@ class Counter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastrecv.closing import Closing
 from fastrecv.netns import Namespace
 from fastrecv.policies import Sender
 
@@ -40,7 +41,7 @@ def sender(number: int, address: str, port: int) -> Sender:
     return Sender(IPv4Address(_FIRST + number), _SOURCE_PORT, ip_address(address), port)
 
 
-class NumberedSource:
+class NumberedSource(Closing):
     """A process that sends to `address` in a namespace, where loopback is up; a context manager. Loopback only."""
 
     def __init__(self, namespace: Namespace, senders: int, address: str, port: int) -> None:
@@ -95,12 +96,6 @@ class NumberedSource:
         self._process.kill()
         self._process.wait()
         self._memory.close()
-
-    def __enter__(self) -> NumberedSource:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def udp_counters(namespace: Namespace) -> dict[str, int]:
