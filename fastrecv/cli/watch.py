@@ -100,8 +100,7 @@ def _follow(
             show(group_documents(members, holders, percents))
             look = max(look + every, time.monotonic())
         poll.poll(1000 * min(max(min(look, end) - time.monotonic(), 0), _LONGEST_WAIT))
-        for source in sources:
-            show(source.read())
+        show(sorted((event for source in sources for event in source.read()), key=lambda event: event["time"]))
 
 
 def _json(documents: list[Document]) -> None:
@@ -117,7 +116,8 @@ def _text(documents: list[Document]) -> None:
         click.echo()
     for document, following in zip_longest(documents, documents[1:]):
         if document["event"] != "group" and not _is_said_again(document, following):
-            click.secho(line(document), fg=None if document["event"] == "state" else "yellow")
+            usual = document["event"] == "state" or document.get("outcome") == "selected"
+            click.secho(line(document), fg=None if usual else "yellow")
 
 
 def _is_said_again(found: Document, following: Document | None) -> bool:
@@ -170,7 +170,7 @@ def _table(groups: Iterable[Document]) -> None:
         where = f"{group['protocol']} {_endpoint(group['address'], group['port'])}"
         rows += [
             (where, str(group["number"]), f"{group['size']}/{group['room']}", str(program), one["index"],
-             f"sk:{one['cookie']:x}", one["state"], one["queue"], one["limit"], one["drops"], _processes(one))
+             f"sk:{one['cookie']:x}", _state(group["protocol"], one["state"]), one["queue"], one["limit"], one["drops"], _processes(one))
             for one in group["members"]
         ]  # fmt: skip
     output.table(
@@ -178,6 +178,11 @@ def _table(groups: Iterable[Document]) -> None:
         rows,
         remarkable=lambda row: bool(row[7] > 0.9 * row[8] or row[10] == "-"),  # hardly any room, or nobody to read
     )
+
+
+def _state(protocol: str, state: str) -> str:
+    """As ss(8) has it: a UDP socket that is not connected is in the state that TCP calls CLOSE."""
+    return "UNCONN" if protocol == "udp" and state == "CLOSE" else state
 
 
 def _processes(member: Document) -> str:
