@@ -170,7 +170,8 @@ def _table(groups: Iterable[Document]) -> None:
         where = f"{group['protocol']} {_endpoint(group['address'], group['port'])}"
         rows += [
             (where, str(group["number"]), f"{group['size']}/{group['room']}", str(program), one["index"],
-             f"sk:{one['cookie']:x}", _state(group["protocol"], one["state"]), one["queue"], one["limit"], one["drops"], _processes(one))
+             f"sk:{one['cookie']:x}", _state(group["protocol"], one["state"]), one["queue"], one["limit"],
+             one["drops"], _processes(one))
             for one in group["members"]
         ]  # fmt: skip
     output.table(

@@ -93,7 +93,7 @@ def test_lines_for_people_say_who_and_why(stage: Stage) -> None:
         words = [cell.strip() for cell in cells if cell]
         limit = f"{server.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF):,}"
         assert where == f"udp {HOST}:{PORT}"
-        assert words[1:9] == ["1/128", "-", "0", f"sk:{cookie_of(server):x}", "CLOSE", "0", limit, "0"]
+        assert words[1:9] == ["1/128", "-", "0", f"sk:{cookie_of(server):x}", "UNCONN", "0", limit, "0"]
         assert words[9].startswith(f"{os.getpid()} ")
         while drops(server) == 0:
             client.sendto(bytes(500), (HOST, PORT))
