@@ -51,42 +51,59 @@ static __always_inline int leaves(const struct control *now, __u32 slot)
 	return slot < SLOTS && now->leaving[slot / 64] >> slot % 64 & 1;
 }
 
-/* While slots are drained sender by sender: those who came to such a slot stay there. */
-static __always_inline __u32 slot_of_known(const struct control *now, __u64 hash, __u32 slot)
+/*
+ * While slots are drained sender by sender: those who came to such a slot stay there, as long as it has a socket. Gives
+ * whether that was selected.
+ */
+static __always_inline int selected_as_known(struct sk_reuseport_md *md, const struct control *now, __u64 hash,
+					     __u32 *slot)
 {
-	struct known *known = bpf_map_lookup_elem(&senders, &hash), fresh = { .slot = slot };
+	struct known *known = bpf_map_lookup_elem(&senders, &hash), fresh = { .slot = *slot };
 	__u32 home = known ? known->slot : SLOTS;
 
 	if (known && leaves(now, home)) { /* else it was, and who ended that has been hindered to forget him */
+		if (bpf_sk_select_reuseport(md, &slots, &home, 0))
+			return 0;
 		known->seen = bpf_ktime_get_ns();
-		return home;
+		*slot = home;
+		return 1;
 	}
-	if (leaves(now, slot)) {
+	if (leaves(now, *slot)) {
 		fresh.seen = bpf_ktime_get_ns();
 		bpf_map_update_elem(&senders, &hash, &fresh, BPF_ANY);
 	}
-	return slot;
+	return 0;
 }
 
 /* One choice in `sampling` goes to whoever watches. */
-static __always_inline void tell(const struct flow *flow, __u32 bucket, __u32 slot, int outcome)
+static __always_inline void tell(const struct flow *flow, __u32 bucket, __u32 slot, __u32 taken, int outcome)
 {
 	struct choice *choice = bpf_ringbuf_reserve(&choices, sizeof(*choice), 0);
+	struct counters *count;
+	__u32 none = SLOTS;
 
-	if (!choice)
-		return; /* nobody reads as fast */
+	if (!choice) { /* nobody reads as fast */
+		count = bpf_map_lookup_elem(&counts, &none);
+		if (count)
+			count->untold++;
+		return;
+	}
 	choice->flow = *flow;
 	choice->bucket = bucket;
 	choice->slot = slot;
+	choice->taken = taken;
 	choice->outcome = outcome;
 	choice->time = bpf_ktime_get_ns();
 	bpf_ringbuf_submit(choice, 0);
 }
 
-/* What becomes of a sender whose slot has no socket; gives the slot that takes him instead, SLOTS where none does. */
+/*
+ * What becomes of a sender whose slot has no socket; gives the slot that takes him instead, SLOTS where none does. Slots
+ * without a weight are drained, or not in use: they get nobody.
+ */
 static __always_inline int without_socket(struct sk_reuseport_md *md, __u32 *slot)
 {
-	__u32 other = *slot, i;
+	__u32 other = *slot, i, *weight;
 
 	*slot = SLOTS;
 	if (empty == EMPTY_KERNEL)
@@ -94,7 +111,8 @@ static __always_inline int without_socket(struct sk_reuseport_md *md, __u32 *slo
 	if (empty == EMPTY_NEXT) {
 		for (i = 0; i < SLOTS; i++) {
 			other = (other + 1) & (SLOTS - 1);
-			if (!bpf_sk_select_reuseport(md, &slots, &other, 0)) {
+			weight = bpf_map_lookup_elem(&weights, &other);
+			if (weight && *weight && !bpf_sk_select_reuseport(md, &slots, &other, 0)) {
 				*slot = other;
 				return SK_PASS;
 			}
@@ -107,7 +125,7 @@ SEC("sk_reuseport/migrate")
 int balance(struct sk_reuseport_md *md)
 {
 	struct bpf_sock *migrating = md->migrating_sk;
-	__u32 zero = 0, none = SLOTS, bucket, slot, placed, taken;
+	__u32 zero = 0, none = SLOTS, bucket, slot, placed, taken, *one_in;
 	struct counters *count;
 	struct control *now;
 	struct flow flow = {};
@@ -130,12 +148,14 @@ int balance(struct sk_reuseport_md *md)
 	bucket = bucket_of(!migrating, hash);
 	slot = slot_of_table(bucket);
 	placed = mapped ? slot_of_prefix(&flow) : SLOTS;
+	error = 1;
 	if (placed < SLOTS)
 		slot = placed;
-	else if (tracking && now->draining)
-		slot = slot_of_known(now, hash, slot);
+	else if (tracking && now->draining && selected_as_known(md, now, hash, &slot))
+		error = 0;
 	taken = slot;
-	error = bpf_sk_select_reuseport(md, &slots, &taken, 0);
+	if (error)
+		error = bpf_sk_select_reuseport(md, &slots, &taken, 0);
 	count = counting ? bpf_map_lookup_elem(&counts, &slot) : 0;
 	if (!error) {
 		if (count)
@@ -143,6 +163,7 @@ int balance(struct sk_reuseport_md *md)
 	} else if (slot != none && error != -ENOENT) {
 		if (count)
 			count->wrong++;
+		taken = none;
 		verdict = SK_DROP; /* the slot has a socket, of another group: nobody else may have its senders */
 	} else {
 		if (count)
@@ -152,9 +173,10 @@ int balance(struct sk_reuseport_md *md)
 		if (count)
 			count->fallback++;
 	}
-	if (now->sampling && bpf_get_prandom_u32() % now->sampling == 0 &&
+	one_in = bpf_map_lookup_elem(&sampling, &zero);
+	if (one_in && *one_in && bpf_get_prandom_u32() % *one_in == 0 &&
 	    (migrating || !flow_of_packet(md, &flow, FLOW)))
-		tell(&flow, bucket, slot, error);
+		tell(&flow, bucket, slot, taken, error);
 	return verdict;
 }
 

@@ -9,13 +9,14 @@ struct counters {
 	__u64 fallback;   /* given to this slot because its own had no socket */
 	__u64 unreadable; /* no IP header where there should be one */
 	__u64 wrong;      /* the socket in the slot is of another group */
+	__u64 untold;     /* choices for which the ring buffer had no room */
 };
 
 /* What user space changes while the program runs. */
 struct control {
 	__u64 leaving[SLOTS / 64]; /* slots that are being drained sender by sender, a bit each */
 	__u32 draining;            /* whether any is */
-	__u32 sampling;            /* one packet in so many is told to the ring buffer; 0: none */
+	__u32 size;                /* slots, as who made or resized it has said; for user space */
 };
 
 struct known {
@@ -33,7 +34,8 @@ struct prefix {
 struct choice { /* what a watcher is told */
 	struct flow flow;
 	__u32 bucket;
-	__u32 slot;   /* SLOTS: none */
+	__u32 slot;    /* whose it is; SLOTS: nobody's */
+	__u32 taken;   /* who gets it; SLOTS: nobody, or whom the kernel's hash says */
 	__s32 outcome; /* 0: selected; else what the kernel answered, a negative errno */
 	__u64 time;    /* ns, CLOCK_MONOTONIC */
 };
@@ -75,7 +77,14 @@ struct {
 	__type(value, struct control);
 } control SEC(".maps");
 
-struct { /* of user space alone: what the table in force was made from, or is to be */
+struct { /* one choice in so many is told to the ring buffer; 0: none */
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} sampling SEC(".maps");
+
+struct { /* what the table in force was made from, or is to be */
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, SLOTS);
 	__type(key, __u32);

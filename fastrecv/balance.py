@@ -68,6 +68,8 @@ class Balancer(Closing):
     def __init__(
         self, policy: Policy, *, size: int = 0, empty: Empty = "drop", senders: int = 0, counting: bool = True
     ) -> None:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy {policy!r}: give a Policy, Policy.parse('source') say")
         if not policy.ebpf:
             raise ValueError(f"key {policy.key!r} is for classic BPF only (fastrecv.classic)")
         if not 0 <= size <= SLOTS:
@@ -82,7 +84,7 @@ class Balancer(Closing):
             policy = replace(policy, seed=secrets.randbits(64))
         self._hold(Maps.make(policy, empty, senders, counting), policy, empty, senders)
         if size:
-            self.weigh(dict.fromkeys(range(size), 1))
+            self.resize(size)
 
     def _hold(self, maps: Maps, policy: Policy, empty: Empty, senders: int) -> None:
         self.maps, self.policy, self.empty, self.senders = maps, policy, empty, senders
@@ -131,7 +133,7 @@ class Balancer(Closing):
             raise ValueError("no members: give all sockets of the group")
         if not replace:
             _refuse_replacing(members)
-        if policy.ebpf:
+        if policy.ebpf and not (policy.classic and len(members) > SLOTS):
             try:
                 made = Balancer(policy, size=len(members))
             except BpfError as error:
@@ -225,8 +227,22 @@ class Balancer(Closing):
         """
         if not 0 <= size <= SLOTS:
             raise ValueError(f"size {size}: give 0 to {SLOTS}")
+        for slot in range(size):
+            self.leaving.end(slot)
+        control = self.maps["control"].lookup([0])
+        control["size"] = size
+        self.maps["control"].update([0], control)
+        return self.weigh(self.of_size(size))
+
+    def of_size(self, size: int) -> dict[int, int]:
+        """The weights that `resize` would set."""
         present = self.weights
-        return self.weigh({slot: present.get(slot, 1) for slot in range(size)})
+        return {slot: present.get(slot, 1) for slot in range(size)}
+
+    @property
+    def size(self) -> int:
+        """As it was made, or resized last; slots that drain count."""
+        return int(self.maps["control"].lookup([0])["size"][0])
 
     def drain(self, slot: int) -> int:
         """Give the slot's senders to the others, by weight; gives how many buckets move. Its socket stays registered.
@@ -292,13 +308,11 @@ class Balancer(Closing):
 
     def sample(self, one_in: int) -> None:
         """Tell one choice in so many to the ring buffer `choices`; 0: none (fastrecv.watching reads them)."""
-        control = self.maps["control"].lookup([0])
-        control["sampling"] = one_in
-        self.maps["control"].update([0], control)
+        self.maps["sampling"].update([0], [one_in])
 
     @property
     def sampling(self) -> int:
-        return int(self.maps["control"].lookup([0])["sampling"][0])
+        return int(self.maps["sampling"][0])
 
     def counters(self) -> dict[int | None, dict[str, int]]:
         """By slot; None for senders that no slot has, and for packets without a readable header."""

@@ -41,9 +41,10 @@ def explain(balancer: Balancer, sender: Sender) -> Explanation:
     reason = f"{reason}, which has no socket" if own is not None else reason
     if balancer.empty == "kernel":
         return Explanation(own, None, None, bucket, f"{reason}: the kernel's hash decides")
-    if balancer.empty == "drop" or not sockets:
+    others = sockets.keys() & balancer.weights.keys()
+    if balancer.empty == "drop" or not others:
         return Explanation(own, None, None, bucket, f"{reason}: dropped")
-    taker = min(sockets, key=lambda other: (other - slot - 1) % SLOTS)
+    taker = min(others, key=lambda other: (other - slot - 1) % SLOTS)
     more = f"{reason}: the next is slot {taker}, with socket sk:{sockets[taker]:x}"
     return Explanation(own, taker, sockets[taker], bucket, more)
 
@@ -67,9 +68,12 @@ def _home(balancer: Balancer, sender: Sender, bucket: int | None) -> tuple[int, 
         if home is not None:
             return home, f"it is known in slot {home}, which is being drained"
     found = int(balancer.maps.table()[bucket])
+    by = f"by {policy}"
+    if policy.key in ("payload", "quic") and policy.key_of(sender.payload) is None:
+        by = f"by source, since its payload has no {policy},"
     if found == buckets.EMPTY:
-        return SLOTS, f"by {policy} it is in bucket {bucket}, which no slot has"
-    return found, f"by {policy} it is in bucket {bucket} of slot {found}"
+        return SLOTS, f"{by} it is in bucket {bucket}, which no slot has"
+    return found, f"{by} it is in bucket {bucket} of slot {found}"
 
 
 def _plain(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:

@@ -31,6 +31,7 @@ from fastrecv.watching import Choices, sampled
 __all__ = ["check_name", "choices", "create", "destroy", "document", "names", "opened"]
 
 _PREFIX = "balance-"
+_WATCHED = "watched"  # a directory in a balancer's own, locked by whom its choices are told to
 _FORMAT = 1  # of the document and of the maps beside it; another number is another fastrecv's
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -100,6 +101,9 @@ def create(
                 raise
         with _open(directory, read_only=False) as balancer:
             _agree(name, document(directory), balancer, policy, size, empty, senders)
+            there = directory.stat().st_gid
+            if group not in (None, there):
+                raise StateError(f"balancer {name!r} is there for group {there} to read, not {group}: destroy it first")
             yield balancer
 
 
@@ -111,28 +115,27 @@ def opened(name: str, *, bpffs: PathLike = BPFFS, read_only: bool = False, timeo
     owner to change it, CAP_BPF not among them; those of their group to read. Linux 5.19 for either without CAP_BPF.
     """
     directory = _directory(name, bpffs)
-    try:
-        with pins.locked(directory, exclusive=not read_only, timeout=timeout):
-            if not (directory / "document").exists():
-                raise FileNotFoundError(directory)
-            with _open(directory, read_only=read_only) as balancer:
-                yield balancer
-    except FileNotFoundError:
-        raise _missing(name, bpffs) from None
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(pins.locked(directory, exclusive=not read_only, timeout=timeout))
+            (directory / "document").lstat()
+        except FileNotFoundError:
+            raise _missing(name, bpffs) from None
+        yield stack.enter_context(_open(directory, read_only=read_only))
 
 
 @contextlib.contextmanager
 def choices(name: str, one_in: int, *, bpffs: PathLike = BPFFS) -> Iterator[Choices]:
-    """A balancer's choices, one in so many, told while the context lasts; its lock is not held meanwhile."""
+    """A balancer's choices, one in so many, told while the context lasts; its lock is not held meanwhile.
 
-    def switch(one_in: int) -> None:
-        with opened(name, bpffs=bpffs) as balancer:
-            balancer.sample(one_in)
-
-    with opened(name, bpffs=bpffs):
-        maps = Maps.open(_directory(name, bpffs), read_only=False)
-    with maps, sampled(maps["choices"], maps["slots"], switch, one_in) as found:
-        yield found
+    StateError where somebody else is being told.
+    """
+    directory = _directory(name, bpffs)
+    with contextlib.ExitStack() as stack:
+        with opened(name, bpffs=bpffs):
+            stack.enter_context(pins.locked(directory / _WATCHED, exclusive=True, create=True, timeout=0))
+            maps = stack.enter_context(Maps.open(directory, read_only=False))
+        yield stack.enter_context(sampled(maps, one_in))
 
 
 def destroy(name: str, *, bpffs: PathLike = BPFFS, timeout: float = 10.0) -> None:
@@ -178,7 +181,7 @@ def _make(directory: Path, policy: Policy, size: int | None, empty: Empty, sende
     for entry in directory.iterdir():  # of one who was killed meanwhile
         pins.remove(entry)
     if size is None:
-        raise StateError(f"{directory.name.removeprefix(_PREFIX)} is not there yet: say with which size to make it")
+        raise StateError(f"{directory.name.removeprefix(_PREFIX)} is not there yet: give it a size (--size)")
     if group is not None:
         pins.give_to(directory, group)
     with Balancer(policy, size=size, empty=empty, senders=senders) as made:
@@ -203,14 +206,22 @@ def _open(directory: Path, *, read_only: bool) -> Iterator[Balancer]:
     with Balancer.of(Maps.open(directory, read_only=read_only), policy, said.empty, said.senders) as balancer:
         if not read_only:
             balancer.settle()
+            _hush(directory, balancer)
         yield balancer
+
+
+def _hush(directory: Path, balancer: Balancer) -> None:
+    """Tell no choices any more where who had them told was killed."""
+    if balancer.sampling:
+        with contextlib.suppress(OSError), pins.locked(directory / _WATCHED, exclusive=True, create=True, timeout=0):
+            balancer.sample(0)
 
 
 def _agree(
     name: str, there: Document, balancer: Balancer, policy: Policy, size: int | None, empty: Empty, senders: int
 ) -> None:
     """StateError where what is there is not what was asked for."""
-    present = len(balancer.weights)
+    present = balancer.size
     for what, old, new in (
         ("policy", there.policy, str(policy)),
         ("map", there.mapped or "none", policy.mapped or "none"),

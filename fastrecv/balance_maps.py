@@ -18,7 +18,7 @@ from fastrecv.policies import BUCKETS, Policy
 __all__ = ["SLOTS", "Maps"]
 
 SLOTS = 128  # of bpf/balance_maps.h
-_NAMES = ("tables", "slots", "counts", "control", "weights", "places", "senders", "choices")
+_NAMES = ("tables", "slots", "counts", "control", "weights", "places", "senders", "sampling", "choices")
 _TABLES = ("table-0", "table-1")
 _INDICES = np.arange(BUCKETS, dtype=np.uint32)
 _EMPTY = {"drop": 0, "kernel": 1, "next": 2}
@@ -27,7 +27,8 @@ _EMPTY = {"drop": 0, "kernel": 1, "next": 2}
 class Maps(Closing):
     """A context manager that holds them; what is attached or pinned goes on without it.
 
-    Attributes: program. By their names in it: slots, counts, control, weights, places, senders, choices.
+    Attributes: program. By their names in it: slots, counts, control, weights, places, senders,
+    sampling, choices.
     """
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from errno import EACCES
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from fastrecv.errors import StateError
 from fastrecv.jhash import jhash
 from fastrecv.steerable import check_member, protocol_of
 
-__all__ = ["SLOTS", "Modulo", "moved", "slot_of", "write_object"]
+__all__ = ["SLOTS", "Modulo", "Seen", "look", "moved", "slot_of", "write_object"]
 
 SLOTS = 128  # of bpf/modulo.bpf.c, and of the original as it is built
 _TARGETS = {"tcp": "tcp_balancing_targets", "udp": "udp_balancing_targets"}
@@ -121,6 +121,11 @@ class Modulo(Closing):
         self._agree()
         reuseport.put(self._targets(_protocol(sock)), index, sock, take_over)
 
+    def check(self, index: int, sock: socket.socket, *, take_over: bool = False) -> None:
+        """SocketRefusedError where `register` is known to refuse: to look at several before any is changed."""
+        _check_slot(index)
+        reuseport.check(self._targets(_protocol(sock)), index, sock, take_over)
+
     def unregister(self, index: int, protocol: Protocol) -> None:
         """Empty a slot; nothing where it is empty."""
         _check_slot(index)
@@ -199,6 +204,29 @@ class Modulo(Closing):
                     f"{path} has another layout: {words.format(*layout)} there, {words.format(*wanted)} here: another "
                     "program's, or built for another number of slots; choose another root, or remove it"
                 )
+
+
+class Seen(NamedTuple):
+    """What stands under a root: size and nonce (0: not set yet), and the cookies of the sockets in the slots."""
+
+    size: int
+    nonce: int
+    tcp: dict[int, int]
+    udp: dict[int, int]
+
+
+def look(root: str | os.PathLike[str]) -> Seen:
+    """Read the maps of a root and change nothing; no privilege but to read the pins. StateError where there are none."""
+    found = []
+    for name, (_, _, width, _) in _LAYOUT.items():
+        try:
+            with bpf.Map.open(Path(root) / name, np.uint32, np.dtype(f"u{width}"), read_only=True) as opened:
+                found.append(int(opened[0]) if opened.max_entries == 1 else reuseport.in_slots(opened))
+        except FileNotFoundError:
+            raise StateError(f"{root} holds no maps of that kind: `fastrecv balance modulo create`") from None
+        except ValueError as error:
+            raise StateError(f"{root} holds maps of another layout: {error}") from None
+    return Seen(*found)  # type: ignore[arg-type] # two numbers and two maps, in the order of _LAYOUT
 
 
 def slot_of(sender: IPv4Address | IPv6Address, size: int, nonce: int) -> int:

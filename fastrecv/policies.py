@@ -41,7 +41,7 @@ KEYS: Mapping[str, int] = MappingProxyType({
 ANCILLARY = ("rxhash", "interface", "mark", "queue", "vlan", "protocol")
 """What classic BPF alone knows: the kernel's ancillary data of a packet (SKF_AD_*, include/uapi/linux/filter.h)."""
 _WORDS = re.compile(
-    r"(?P<key>[a-z+]+)(/(?P<prefix4>\d{1,2})(/(?P<prefix6>\d{1,3}))?|\[((?P<offset>\d{1,5}):)?(?P<length>\d{1,2})\])?"
+    r"(?P<key>[a-z+]+)(/(?P<prefix4>\d{1,9})(/(?P<prefix6>\d{1,9}))?|\[((?P<offset>\d{1,9}):)?(?P<length>\d{1,9})\])?"
 )
 
 
@@ -96,7 +96,10 @@ class Policy:
             raise ValueError(f"key {self.key!r} has no source address that a prefix could shorten")
         by_bytes = self.key in ("payload", "quic")
         if by_bytes and not 1 <= self.length <= MAX_KEY:
-            raise ValueError(f"key {self.key!r} of {self.length} bytes: give a length of 1 to {MAX_KEY}")
+            raise ValueError(
+                f"key {self.key!r} of {self.length} bytes: give 1 to {MAX_KEY}, in words payload[OFFSET:LENGTH], "
+                "quic[LENGTH]"
+            )
         if (self.length and not by_bytes) or (self.offset and self.key != "payload"):
             raise ValueError(f"key {self.key!r} takes no {'length' if self.length else 'offset'}")
         if not 0 <= self.offset <= 65535:

@@ -99,7 +99,8 @@ def put(slots: Map, slot: int, sock: socket.socket, take_over: bool) -> None:
             raise no_group(sock) from None
         if error.errno == EBUSY:
             raise SocketRefusedError(
-                f"{described(sock)} has a slot of another balancer, or is a dispatcher's: a socket is in one place "
+                f"{described(sock)} has a slot of another balancer, which may have been destroyed while its group had "
+                "its program (`fastrecv balance detach` ends that), or it is a dispatcher's: a socket is in one place "
                 "only. For a dispatcher register one more member of the group, which has no slot"
             ) from None
         raise

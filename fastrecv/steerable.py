@@ -80,10 +80,10 @@ def check_steerable(sock: socket.socket) -> None:
 def check_member(sock: socket.socket) -> None:
     """SocketRefusedError for what is no member of a reuseport group, or not yet."""
     check_kind(sock)
-    if not (_listens(sock) and sock.getsockname()[1]):
+    if not has_peer(sock) and not (_listens(sock) and sock.getsockname()[1]):
         raise SocketRefusedError(
-            f"{described(sock)} is in no group yet, it is from bind() on, TCP from listen(). A program that is "
-            "attached before makes the next member's bind() or listen() fail with EADDRINUSE"
+            f"{described(sock)} is in no group yet: it joins by bind(), TCP by listen(). (A program that is attached "
+            "before makes the next member's bind() or listen() fail with EADDRINUSE.)"
         )
     check_steerable(sock)
     if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):

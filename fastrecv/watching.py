@@ -10,13 +10,13 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from errno import errorcode
 from ipaddress import IPv6Address
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fastrecv import bpf, features
 from fastrecv.bpf import Map, Ring
@@ -114,8 +114,9 @@ class Watch(Closing):
 class Choices:
     """The choices that a balancer's program tells of: see `sampled`."""
 
-    def __init__(self, ring: Ring, slots: Map) -> None:
-        self._ring, self._slots = ring, slots
+    def __init__(self, ring: Ring, slots: Map, counts: Map) -> None:
+        self._ring, self._slots, self._counts = ring, slots, counts
+        self._untold = self._lost()
         self._clock = _Clock()
         with bpf.packaged("balance") as balance:
             self._dtype = balance.dtype("choice")
@@ -127,42 +128,52 @@ class Choices:
     def read(self) -> list[Document]:
         """Each "choice": a packet or connection, its bucket, its slot (None where there is none), and what came of it.
 
-        outcome : "selected", or the kernel's errno: ENOENT for a slot without a socket. cookie : of the socket that the
-        slot has now; None without one.
+        outcome : "selected", or the kernel's errno: ENOENT for a slot without a socket. taken : the slot that gets it,
+        None where nobody does, or whom the kernel's hash says; cookie : of the socket that slot has now. "lost" says
+        how many more there were, for which there was no room.
         """
         rows = self._ring.read(self._dtype)
         sockets = in_slots(self._slots) if len(rows) else {}
-        return [
+        lost = self._lost()
+        more, self._untold = lost - self._untold, lost
+        found: list[Document] = [
             {
                 "event": "choice", "time": self._clock.at(int(row["time"])),
                 "source": _address(row["flow"]["source"]), "source_port": _port(row["flow"]["source_port"]),
                 "destination": _address(row["flow"]["destination"]),
                 "destination_port": _port(row["flow"]["destination_port"]),
                 "bucket": int(row["bucket"]), "slot": int(row["slot"]) if row["slot"] < _SLOTS else None,
-                "cookie": sockets.get(int(row["slot"])),
+                "taken": int(row["taken"]) if row["taken"] < _SLOTS else None,
+                "cookie": sockets.get(int(row["taken"])),
                 "outcome": errorcode.get(-int(row["outcome"]), str(row["outcome"])) if row["outcome"] else "selected",
             }
             for row in rows
         ]  # fmt: skip
+        return [*found, *([{"event": "lost", "time": self._clock.now(), "count": more}] if more else [])]
+
+    def _lost(self) -> int:
+        return int(self._counts.lookup([_SLOTS])["untold"].sum())
+
+
+class _Named(Protocol):
+    """Maps by their names in bpf/balance.bpf.c."""
+
+    def __getitem__(self, name: str, /) -> Map: ...
 
 
 @contextlib.contextmanager
-def sampled(choices: Map, slots: Map, switch: Callable[[int], object], one_in: int) -> Iterator[Choices]:
-    """A balancer's choices, one in so many, while somebody reads them.
-
-    choices, slots : of bpf/balance.bpf.c; its ring buffer has one reader at a time. switch : sets `sampling` in its map
-    `control`; called with `one_in`, and with 0 on leaving.
-    """
+def sampled(maps: _Named, one_in: int) -> Iterator[Choices]:
+    """A balancer's choices, one in so many, while somebody reads them: its ring buffer has one reader at a time."""
     if one_in < 1:
         raise ValueError(f"one choice in {one_in} cannot be told: give 1 or more")
-    with Ring(choices) as ring:
-        reader = Choices(ring, slots)
+    with Ring(maps["choices"]) as ring:
+        reader = Choices(ring, maps["slots"], maps["counts"])
         reader.read()  # what an earlier reader left
-        switch(one_in)
+        maps["sampling"].update([0], [one_in])
         try:
             yield reader
         finally:
-            switch(0)
+            maps["sampling"].update([0], [0])
 
 
 def group_documents(

@@ -2,7 +2,8 @@
 
 Every datagram says whose it is, its number among the sender's, and the phase in which it was sent: an even phase
 between two changes, an odd one while a change is in flight. One process sends one after the other over loopback, where
-sending is delivering; so of all datagrams of an even phase only the last can meet the change that follows.
+sending is delivering, unless the kernel is so busy that it leaves that for later: then as many wait as
+net.core.netdev_max_backlog says, and no more than so many of an even phase can meet the change that follows.
 """
 
 from __future__ import annotations

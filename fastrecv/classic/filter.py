@@ -61,6 +61,8 @@ class Filter:
     instructions: tuple[Instruction, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.policy, Policy):
+            raise TypeError(f"policy {self.policy!r}: give a Policy, Policy.parse('source') say")
         if not self.policy.classic:
             what = f"prefixes mapped by {self.policy.mapped}" if self.policy.mapped else f"key {self.policy.key!r}"
             raise ValueError(f"{what}: classic BPF has no such thing, use fastrecv.balance")

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import functools
 import grp
+import math
 import os
 import re
 from collections.abc import Callable
@@ -40,6 +41,7 @@ __all__ = [
     "entered",
     "one_socket",
     "place",
+    "seconds",
     "with_port",
 ]
 
@@ -108,7 +110,7 @@ class _Words(click.ParamType[Any]):
 
 def _address(word: str) -> Address:
     try:
-        found = ip_address(word)
+        found = ip_address(word.removeprefix("[").removesuffix("]"))
     except ValueError:
         raise RuleSetError(f"{word!r} is no IP address") from None
     if isinstance(found, IPv6Address) and found.ipv4_mapped is not None:
@@ -135,6 +137,8 @@ def _endpoint(word: str) -> tuple[Address, int]:
 
 def _process(word: str) -> int:
     """A process id, or the path of a file that holds one."""
+    if not word:
+        raise RuleSetError("'' is no process id: does it run?")
     try:
         text = word if word.isdecimal() else Path(word).read_text(errors="replace").strip()
     except OSError as error:
@@ -191,6 +195,22 @@ NETNS_OPTION = click.option("--netns", type=_NamespacePath(), metavar="PATH",
                             help="Namespace: /run/netns/NAME, /proc/PID/ns/net.  [default: this one]")  # fmt: skip
 BPFFS_OPTION = click.option("--bpffs", type=click.Path(path_type=Path), default=BPFFS, show_default=True,
                             metavar="PATH", help="Where a BPF file system is mounted.")  # fmt: skip
+
+
+class _Seconds(click.FloatRange):
+    """A number of seconds: never one that is none (nan)."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
+        found = super().convert(value, param, context)
+        if math.isnan(found):
+            self.fail(f"{value!r} is no number of seconds", param, context)
+        return float(found)
+
+
+def seconds(least: float, most: float = math.inf) -> click.ParamType[float]:
+    return _Seconds(least, most)
 
 
 def place(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,19 @@ from typing import Any
 import click
 
 from fastrecv import balance_life, groups, listeners, reuseport, steerable
-from fastrecv.balance import EMPTY_POLICIES, MAX_WEIGHT, SLOTS, Empty
+from fastrecv.balance import EMPTY_POLICIES, MAX_WEIGHT, SLOTS, Balancer, Empty
 from fastrecv.cli import balance_modulo, balance_reads
-from fastrecv.cli.arguments import ADDRESS, BPFFS_OPTION, GROUP_OPTION, NAME, POLICY, PREFIX, PROCESS, one_socket
+from fastrecv.cli.arguments import (
+    ADDRESS,
+    BPFFS_OPTION,
+    GROUP_OPTION,
+    NAME,
+    POLICY,
+    PREFIX,
+    PROCESS,
+    one_socket,
+    seconds,
+)
 from fastrecv.errors import StateError
 from fastrecv.policies import BUCKETS, Mapped, Policy
 from fastrecv.rules import PROTOCOLS
@@ -39,8 +49,8 @@ def balance() -> None:
 
     \b
     fastrecv balance create flows --policy source --size 3
-    fastrecv balance attach flows "$(pidof -s nfacctd)" udp 0.0.0.0 2055
-    fastrecv balance register-pid flows 0 "$(pidof -s nfacctd)" udp 0.0.0.0 2055
+    fastrecv balance register-pid flows 0 "$PID" udp 0.0.0.0 2055
+    fastrecv balance attach flows "$PID" udp 0.0.0.0 2055
     fastrecv balance status flows
     """  # noqa: D301 - click wants the character
 
@@ -73,12 +83,11 @@ def create(
     Of several that begin at once the first makes it; another size, seed or policy than is there is refused.
     """
     wanted = Policy.parse(str(policy), mapped=mapped, seed=seed)
-    made = name not in balance_life.names(bpffs)
     try:
         with balance_life.create(
             name, wanted, size, empty=empty, senders=senders, bpffs=bpffs, group=group
         ) as balancer:  # fmt: skip
-            click.echo(f"{'made' if made else 'there already:'} {name}: {balance_reads.described(balancer)}")
+            click.echo(f"{name}: {balance_reads.described(balancer)}")
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 
@@ -87,9 +96,12 @@ def create(
 @click.argument("name", type=NAME)
 @BPFFS_OPTION
 def destroy(name: str, bpffs: Path) -> None:
-    """Forget a balancer. A group that has its program keeps it as it is: `detach` first."""
+    """Forget a balancer. A group that has its program keeps it, as it is, until it is detached or ends."""
+    with balance_life.opened(name, bpffs=bpffs, read_only=True) as balancer:
+        held = balancer.sockets()
     balance_life.destroy(name, bpffs=bpffs)
-    click.echo(f"destroyed {name}")
+    orphan = "; its program goes on in the group of its sockets: `fastrecv balance detach` ends that" if held else ""
+    click.echo(f"destroyed {name}{orphan}")
 
 
 @balance.command()
@@ -105,6 +117,9 @@ def attach(name: str, opened: Callable[[], Any], bpffs: Path) -> None:
     """
     with balance_life.opened(name, bpffs=bpffs) as balancer, opened() as sockets:
         sock = sockets[0]
+        bare = _without_socket(balancer, balancer.weights)
+        if bare and balancer.empty != "kernel" and not balancer.sockets():
+            raise StateError(f"no slot of {name} has a socket, so every sender would be dropped: register first")
         before = _program_of(sock)
         balancer.attach(sock)
         mine = balancer.maps.program.info.id
@@ -177,7 +192,34 @@ def _register(name: str, slot: int, sockets: Sequence[socket.socket], take_over:
         for number, sock in enumerate(sockets, slot):
             balancer.register(number, sock, take_over=take_over)
             click.echo(f"slot {number}: {steerable.described(sock)}, sk:{steerable.cookie_of(sock):x}")
+        idle = [str(number) for number in range(slot, slot + len(sockets)) if number not in balancer.weights]
+        if idle:
+            click.echo(f"{_slots(idle)} no senders yet: `fastrecv balance weight {name} {idle[0]} 1`, or resize")
         _hint(name, sockets[0], balancer.maps.program.info.id)
+
+
+def _slots(numbers: Sequence[object]) -> str:
+    return f"slot {numbers[0]} has" if len(numbers) == 1 else f"slots {', '.join(map(str, numbers))} have"
+
+
+def _without_socket(balancer: Balancer, weights: Mapping[int, int]) -> list[int]:
+    """Which of the slots that would have a weight have no socket."""
+    return sorted(weights.keys() - balancer.sockets().keys())
+
+
+def _weigh(balancer: Balancer, weights: Mapping[int, int]) -> int:
+    """Give slots these weights; StateError where one without a socket would get more senders, to be dropped."""
+    before = balancer.weights
+    had, have = sum(before.values()), sum(weights.values())
+    more = [
+        slot for slot in _without_socket(balancer, weights) if weights[slot] * max(had, 1) > before.get(slot, 0) * have
+    ]
+    if more and balancer.empty == "drop":
+        raise StateError(
+            f"{_slots(more)} no socket, so the senders that it would be given would be dropped: register there first, "
+            "or drain it, too"
+        )
+    return balancer.weigh(weights)
 
 
 def _hint(name: str, sock: socket.socket, program: int) -> None:
@@ -197,7 +239,8 @@ def unregister(name: str, slot: int, bpffs: Path) -> None:
         if slot not in balancer.sockets():
             raise StateError(f"slot {slot} has no socket")
         balancer.unregister(slot)
-        had = balancer.weights.get(slot)
+        balancer.leaving.end(slot)
+        had = slot in balancer.weights or slot in balancer.places().values()
         click.echo(f"slot {slot} is empty" + ("; it still has senders: `drain` would give them away" if had else ""))
 
 
@@ -207,9 +250,10 @@ def unregister(name: str, slot: int, bpffs: Path) -> None:
 @click.argument("weight", type=click.IntRange(0, MAX_WEIGHT))
 @BPFFS_OPTION
 def weight(name: str, slot: int, weight: int, bpffs: Path) -> None:
-    """Give a slot so many shares of the senders; the others have theirs. 0 is to drain it."""
+    """Give a slot so many shares of the senders; the others have theirs. 0 is to drain it, 1 to take that back."""
     with balance_life.opened(name, bpffs=bpffs) as balancer:
-        moved = balancer.weigh({**balancer.weights, slot: weight}) if weight else balancer.drain(slot)
+        balancer.leaving.end(slot)
+        moved = _weigh(balancer, {**balancer.weights, slot: weight} if weight else balancer.without(slot))
         click.echo(f"slot {slot} has weight {weight}, {_moved(moved)}")
 
 
@@ -220,12 +264,17 @@ def weight(name: str, slot: int, weight: int, bpffs: Path) -> None:
 def resize(name: str, size: int, bpffs: Path) -> None:
     """Let slots 0 to SIZE - 1 share the senders. Slots above drain: their sockets stay registered, to be read empty."""
     with balance_life.opened(name, bpffs=bpffs) as balancer:
-        missing = sorted(set(range(size)) - balancer.sockets().keys())
-        if missing and balancer.empty == "drop":
-            named = f"{'slot' if len(missing) == 1 else 'slots'} {', '.join(map(str, missing))}"
-            raise StateError(f"{named} without a socket would drop their senders: register first")
-        before = len(balancer.weights)
-        click.echo(f"{before} slots before, {size} now, {_moved(balancer.resize(size))}")
+        _refuse_placed(balancer, {slot for slot in balancer.weights if slot >= size})
+        before, moved = balancer.size, _weigh(balancer, balancer.of_size(size))
+        balancer.resize(size)
+        click.echo(f"{before} slots before, {size} now, {_moved(moved)}")
+
+
+def _refuse_placed(balancer: Balancer, drained: set[int]) -> None:
+    """StateError where prefixes have slots that are to be drained: those senders would go on coming."""
+    placed = [f"{prefix} (slot {slot})" for prefix, slot in balancer.places().items() if slot in drained]
+    if placed:
+        raise StateError(f"prefixes are placed there: {', '.join(placed)}: `place` them elsewhere, or `unplace` them")
 
 
 def _moved(buckets: int) -> str:
@@ -236,49 +285,85 @@ def _moved(buckets: int) -> str:
 @click.argument("name", type=NAME)
 @click.argument("slot", type=SLOT)
 @click.option("--by-sender", is_flag=True, help="Senders it has stay with it until none has come for --quiet seconds.")
-@click.option("--learn", type=click.FloatRange(0, 86400), default=10.0, show_default=True,
-              help="With --by-sender: seconds for which those who come are recorded before.")  # fmt: skip
-@click.option("--quiet", type=click.FloatRange(0.1, 86400), default=60.0, show_default=True,
-              help="With --by-sender: seconds without any that end it.")  # fmt: skip
-@click.option("--wait", type=click.FloatRange(0, 86400), default=None,
+@click.option("--learn", type=seconds(0), help="With --by-sender: so long senders are recorded before.  [default: 10]")
+@click.option("--quiet", type=seconds(0.1), help="With --by-sender: so long without any ends it.  [default: 60]")
+@click.option("--wait", type=seconds(0),
               help="Seconds to wait until its queue has been read to the end; then the slot is emptied.")  # fmt: skip
 @BPFFS_OPTION
-def drain(name: str, slot: int, by_sender: bool, learn: float, quiet: float, wait: float | None, bpffs: Path) -> None:
+def drain(
+    name: str, slot: int, by_sender: bool, learn: float | None, quiet: float | None, wait: float | None, bpffs: Path
+) -> None:
     """Give a slot's senders to the others, so that its process can end without losing anything.
 
     Without --wait it is done at once, and the slot's socket stays, to be read to the end: then `unregister`, then end
-    the process. Interrupted, it leaves the slot draining.
+    the process. A slot that drains already goes on to drain; without --by-sender its known senders go, too. `weight`
+    takes it back.
     """
+    if not by_sender and (learn is not None or quiet is not None):
+        raise click.UsageError("--learn and --quiet are for --by-sender")
+    if wait is not None:
+        groups.members()  # who may not look at queues hears so before anything is changed
+    try:
+        _drain(name, slot, by_sender, 10.0 if learn is None else learn, bpffs)
+        if by_sender:
+            _await_quiet(name, slot, 60.0 if quiet is None else quiet, bpffs)
+        if wait is not None:
+            _await_empty_queue(name, slot, wait, bpffs)
+    except KeyboardInterrupt:
+        click.echo(f"interrupted: `drain` goes on, `weight {name} {slot} 1` takes it back", err=True)
+        raise
+
+
+def _drain(name: str, slot: int, by_sender: bool, learn: float, bpffs: Path) -> None:
+    with balance_life.opened(name, bpffs=bpffs) as balancer:
+        _refuse_placed(balancer, {slot})
+        if slot not in balancer.weights and slot in balancer.sockets():
+            if not by_sender:
+                balancer.leaving.end(slot)
+            click.echo(f"slot {slot} has no buckets any more, and goes on to drain")
+            return
+        if by_sender:
+            balancer.without(slot)  # refuses before anything is learnt
+            balancer.leaving.begin(slot)
+        else:
+            balancer.leaving.end(slot)
     if by_sender:
         _learn(name, slot, learn, bpffs)
     with balance_life.opened(name, bpffs=bpffs) as balancer:
-        click.echo(f"slot {slot} drains, {_moved(balancer.drain(slot))}")
-    if by_sender:
-        _await_quiet(name, slot, quiet, bpffs)
-    if wait is not None:
-        _await_empty_queue(name, slot, wait, bpffs)
+        click.echo(f"slot {slot} drains, {_moved(_weigh(balancer, balancer.without(slot)))}")
 
 
 def _learn(name: str, slot: int, seconds: float, bpffs: Path) -> None:
-    with balance_life.opened(name, bpffs=bpffs) as balancer:
-        balancer.without(slot)  # refuses before anything is learnt
-        balancer.leaving.begin(slot)
-    for _ in _ticks(seconds):
-        pass
+    """Wait while those who come are recorded; interrupted, it was nothing."""
+    try:
+        for _ in _ticks(seconds):
+            pass
+    except BaseException:
+        with balance_life.opened(name, bpffs=bpffs) as balancer:
+            balancer.leaving.end(slot)
+        raise
     with balance_life.opened(name, bpffs=bpffs, read_only=True) as balancer:
         click.echo(f"{balancer.leaving.known(slot).senders:,} senders came within {seconds:g} s, and stay")
 
 
 def _await_quiet(name: str, slot: int, quiet: float, bpffs: Path) -> None:
-    for _ in _ticks(None):
-        with balance_life.opened(name, bpffs=bpffs) as balancer:
-            known = balancer.leaving.known(slot)
-            if known.quiet is None or known.quiet >= quiet:
-                balancer.leaving.end(slot)
-                break
+    for _ in _ticks(None, max(_POLL, quiet / 20)):
+        with balance_life.opened(name, bpffs=bpffs, read_only=True) as balancer:
+            known, served = balancer.leaving.known(slot), slot in balancer.sockets()
+        if not served or known.quiet is None or known.quiet >= quiet:
+            break
         if sys.stderr.isatty():
             click.echo(f"\r{known.senders:,} known, the last came {known.quiet:.0f} s ago ", err=True, nl=False)
-    click.echo(f"none of slot {slot}'s senders has come for {quiet:g} s: it has none any more")
+    with balance_life.opened(name, bpffs=bpffs) as balancer:
+        balancer.leaving.end(slot)
+    if not served:
+        raise StateError(f"the socket of slot {slot} was closed: its senders go where their buckets are")
+    none = (
+        f"none of slot {slot}'s senders has come for {quiet:g} s"
+        if known.senders
+        else f"slot {slot} has no known sender"
+    )
+    click.echo(f"{none}: it has none any more")
 
 
 def _await_empty_queue(name: str, slot: int, seconds: float, bpffs: Path) -> None:
@@ -295,7 +380,9 @@ def _await_empty_queue(name: str, slot: int, seconds: float, bpffs: Path) -> Non
             "queue, enter that namespace"
         )
     if left:
-        raise StateError(f"slot {slot} still has {left:,} queued after {seconds:g} s: its process does not read")
+        raise StateError(
+            f"slot {slot} still has {left:,} queued after {seconds:g} s: its process does not read. `drain` waits on"
+        )
     with balance_life.opened(name, bpffs=bpffs) as balancer:
         if balancer.sockets().get(slot) == cookie:
             balancer.unregister(slot)
@@ -307,14 +394,14 @@ def _cookies(name: str, bpffs: Path) -> Collection[int]:
         return balancer.sockets().values()
 
 
-def _ticks(seconds: float | None) -> Iterator[None]:
+def _ticks(seconds: float | None, pause: float = _POLL) -> Iterator[None]:
     """Again and again for a while, at least once."""
     deadline = None if seconds is None else time.monotonic() + seconds
     while True:
         yield
         if deadline is not None and time.monotonic() >= deadline:
             return
-        time.sleep(_POLL)
+        time.sleep(pause)
 
 
 @balance.command()
@@ -326,7 +413,8 @@ def place(name: str, prefix: Network, slot: int, bpffs: Path) -> None:
     """Give a prefix of the mapped address (`create --map`) a slot of its own, before any hash; the longest wins."""
     with balance_life.opened(name, bpffs=bpffs) as balancer:
         balancer.place(prefix, slot)
-        click.echo(f"{balancer.policy.mapped} {prefix}: slot {slot}")
+        bare = "" if slot in balancer.sockets() else ", which has no socket yet"
+        click.echo(f"{balancer.policy.mapped} {prefix}: slot {slot}{bare}")
 
 
 @balance.command()

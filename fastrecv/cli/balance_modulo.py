@@ -91,6 +91,8 @@ def register(root: Path, slot: int, opened: Callable[[], Any], take_over: bool) 
         if slot + len(sockets) > SLOTS:
             raise StateError(f"{len(sockets)} sockets from slot {slot} on: there are slots 0 to {SLOTS - 1}")
         for number, sock in enumerate(sockets, slot):
+            found.check(number, sock, take_over=take_over)  # all of them, before any has a slot
+        for number, sock in enumerate(sockets, slot):
             found.register(number, sock, take_over=take_over)
             beyond = f"; it has no senders before `resize`: size is {found.size}" if number >= found.size else ""
             click.echo(f"slot {number}: {described(sock)}, sk:{cookie_of(sock):x}{beyond}")
@@ -98,9 +100,9 @@ def register(root: Path, slot: int, opened: Callable[[], Any], take_over: bool) 
 
 @modulo.command()
 @ROOT
-@click.argument("protocol", type=_PROTOCOL, metavar="PROTOCOL")
 @click.argument("slot", type=SLOT)
-def unregister(root: Path, protocol: Any, slot: int) -> None:
+@click.argument("protocol", type=_PROTOCOL, metavar="PROTOCOL")
+def unregister(root: Path, slot: int, protocol: Any) -> None:
     """Empty a slot: its senders are refused."""
     with _there(root) as found:
         if slot not in found.members(protocol):
@@ -125,9 +127,8 @@ def resize(root: Path, size: int) -> None:
 @output.json_option
 def status(root: Path, as_json: bool) -> None:
     """Size, nonce, and which slots have sockets, those of peers as well."""
-    with _there(root) as found:
-        size, nonce = found.size, found.nonce
-        members: dict[str, dict[int, int]] = {"tcp": found.members("tcp"), "udp": found.members("udp")}
+    size, nonce, tcp, udp = shared.look(root)
+    members = {"tcp": tcp, "udp": udp}
     if as_json:
         output.as_json({"root": str(root), "size": size, "nonce": nonce, **members})
         return
@@ -146,9 +147,11 @@ def status(root: Path, as_json: bool) -> None:
 @output.json_option
 def explain(root: Path, source: IPv4Address | IPv6Address, as_json: bool) -> None:
     """Which slot a sender has."""
-    with _there(root) as found:
-        slot, size = found.index(source), found.size
-        sockets = {"tcp": found.members("tcp").get(slot), "udp": found.members("udp").get(slot)}
+    size, nonce, tcp, udp = shared.look(root)
+    if not size or not nonce:
+        raise StateError(f"{root} has no {'size' if nonce else 'nonce'} yet: the first packet, or `create`, sets it")
+    slot = shared.slot_of(source, size, nonce)
+    sockets = {"tcp": tcp.get(slot), "udp": udp.get(slot)}
     if as_json:
         output.as_json({"slot": slot, **sockets})
         return
@@ -157,9 +160,8 @@ def explain(root: Path, source: IPv4Address | IPv6Address, as_json: bool) -> Non
 
 
 def _there(root: Path) -> Modulo:
-    """What has been made, and nothing that would be made by looking. StateError."""
-    if not (root / "size").exists():
-        raise StateError(f"{root} holds no maps of that kind: `fastrecv balance modulo create`")
+    """What has been made; StateError where nothing has."""
+    shared.look(root)
     return Modulo(root)
 
 

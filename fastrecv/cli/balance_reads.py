@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
@@ -29,7 +28,8 @@ def described(balancer: Balancer) -> str:
     policy = balancer.policy
     mapped = f"{policy.mapped} prefixes, else " if policy.mapped else ""
     tracked = f", {balancer.senders:,} senders may be known" if balancer.senders else ""
-    return f"by {mapped}{policy}, {len(balancer.weights)} slots, empty slots: {balancer.empty}{tracked}"
+    slots = "1 slot" if balancer.size == 1 else f"{balancer.size} slots"
+    return f"by {mapped}{policy}, {slots}, empty slots: {balancer.empty}{tracked}"
 
 
 @click.command()
@@ -52,12 +52,13 @@ def status(name: str | None, as_json: bool, netns: str | None, bpffs: Path) -> N
         slots, program = balancer.slots(), balancer.maps.program.info
         unreadable, sampling = balancer.counters()[None], balancer.sampling
         places = {str(prefix): slot for prefix, slot in balancer.places().items()}
-        words, policy = described(balancer), balancer.policy
+        words, policy, size, empty = described(balancer), balancer.policy, balancer.size, balancer.empty
         quiet = {slot.number: balancer.leaving.known(slot.number) for slot in slots if slot.leaving}
     complaints = _complaints(name, slots, seen, program.id)
     if as_json:
         output.as_json({
-            "name": name, "policy": str(policy), "map": policy.mapped, "seed": policy.seed, "program": program.id,
+            "name": name, "policy": str(policy), "map": policy.mapped, "seed": policy.seed, "size": size,
+            "empty": empty, "program": program.id,
             "slots": [_document(slot, seen) for slot in slots], "places": places,
             "leaving": {str(slot): {"senders": known.senders, "quiet": known.quiet} for slot, known in quiet.items()},
             "unreadable": unreadable["unreadable"], "unassigned": unreadable["empty"], "sampling": sampling,
@@ -84,16 +85,20 @@ def status(name: str | None, as_json: bool, netns: str | None, bpffs: Path) -> N
 
 
 def _overview(as_json: bool, bpffs: Path) -> None:
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for name in balance_life.names(bpffs):
-        with balance_life.opened(name, bpffs=bpffs, read_only=True) as balancer:
-            rows.append((name, str(balancer.policy), len(balancer.weights), len(balancer.sockets()), balancer.empty))
+        try:
+            with balance_life.opened(name, bpffs=bpffs, read_only=True) as balancer:
+                rows.append((name, str(balancer.policy), balancer.size, len(balancer.sockets()), balancer.empty))
+        except PermissionError:
+            rows.append((name, "not yours to read", None, None, None))
     if as_json:
         output.as_json([dict(zip(("name", "policy", "size", "sockets", "empty"), row, strict=True)) for row in rows])
         return
     if not rows:
         raise StateError("there is no balancer: `fastrecv balance create`")
-    output.table(("balancer", "policy", "size", "sockets", "empty slots"), rows)
+    words = [tuple("-" if cell is None else cell for cell in row) for row in rows]
+    output.table(("balancer", "policy", "size", "sockets", "empty slots"), words)
 
 
 def _seen() -> Seen | None:
@@ -192,7 +197,7 @@ def _sender(
     """What the policy needs of a packet, or a usage error that says what is missing."""
     key, mapped = balancer.policy.key, balancer.policy.mapped
     if destination is None and (key in ("flow", "destination") or mapped == "destination"):
-        raise click.UsageError(f"by {balancer.policy} the destination counts: give it, too")
+        raise click.UsageError("the destination counts for this balancer: give it, too")
     if destination is not None and destination[0].version != source[0].version:
         raise click.UsageError("source and destination are of different IP versions")
     if key in ("source+port", "flow") and not source[1]:
@@ -220,9 +225,6 @@ def show_metrics(listen: tuple[Address, int] | None, bpffs: Path) -> None:
     if listen is not None:
         serve_metrics(collector, *listen)
         return
-    for name in balance_life.names(bpffs):
-        with contextlib.suppress(StateError), balance_life.opened(name, bpffs=bpffs, read_only=True):
-            pass  # who may not read it hears so
     click.echo(metrics.text(collector), nl=False)
 
 

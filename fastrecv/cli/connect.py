@@ -13,7 +13,7 @@ from itertools import islice
 import click
 
 from fastrecv.cli import output
-from fastrecv.cli.arguments import ENDPOINT, NETNS_OPTION, PREFIX, Address, entered, with_port
+from fastrecv.cli.arguments import ENDPOINT, NETNS_OPTION, PREFIX, Address, entered, seconds, with_port
 from fastrecv.companions.answers import Endpoint, Server
 from fastrecv.companions.clients import LONGEST_PAYLOAD, MOST, Outcome, Plan, Way, ask
 
@@ -52,7 +52,7 @@ class _Payload(click.ParamType[bytes]):
 @click.option("--payload", "payloads", type=_Payload(), multiple=True, default=(b"who?",),
               help="What they send: text, or bytes as hex:c0ffee. Repeated, they send them in turn.  [default: who?]",
               )  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(0, 3600, min_open=True), default=5.0, show_default=True,
+@click.option("--timeout", type=seconds(0.001, 3600), default=5.0, show_default=True,
               help="Seconds that each may take.")  # fmt: skip
 @output.json_lines_option
 @NETNS_OPTION

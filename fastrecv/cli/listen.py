@@ -10,7 +10,7 @@ from datetime import datetime
 import click
 
 from fastrecv.cli import output
-from fastrecv.cli.arguments import ENDPOINT, NETNS_OPTION, Address, entered, with_port
+from fastrecv.cli.arguments import ENDPOINT, NETNS_OPTION, Address, entered, seconds, with_port
 from fastrecv.companions.connections import Connections
 from fastrecv.companions.datagrams import Datagrams
 from fastrecv.companions.listening import SENDERS, Connection, Event, Group, Tally, serve, tallied
@@ -27,7 +27,7 @@ _TIME = 12  # characters of 13:37:00.123
 @click.option("--listeners", type=click.IntRange(1, _MOST), default=1, show_default=True,
               help="How many sockets share the port; each is a slot.")  # fmt: skip
 @click.option("--fast-open", is_flag=True, help="TCP: take data that comes with the SYN.")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Stop after so long.")
+@click.option("--seconds", type=seconds(0.001), help="Stop after so long.")
 @click.option("--count", type=click.IntRange(1), help="Stop after so many connections or datagrams.")
 @click.option("--quiet", is_flag=True, help="Print the sockets and the summary only.")
 @output.json_lines_option

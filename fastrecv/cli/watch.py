@@ -17,6 +17,7 @@ import click
 from fastrecv import balance_life
 from fastrecv.cli import output
 from fastrecv.cli.arguments import BPFFS_OPTION, NAME, NETNS_OPTION, entered
+from fastrecv.cli.arguments import seconds as seconds_type
 from fastrecv.groups import Groups, owners
 from fastrecv.watching import Choices, CpuShares, Document, Watch, group_documents
 
@@ -39,19 +40,18 @@ _WHY = {
 
 @click.command()
 @click.option("--port", type=click.IntRange(1, 65535), default=None, help="Only what has this port.  [default: all]")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=math.inf, metavar="S",
+@click.option("--seconds", type=seconds_type(0.001), default=math.inf, metavar="S",
               help="End after so long.  [default: when interrupted]")  # fmt: skip
-@click.option("--every", type=click.FloatRange(0.1), default=2, show_default=True, metavar="S",
+@click.option("--every", type=seconds_type(0.1), default=2.0, show_default=True, metavar="S",
               help="Seconds from one look at the groups to the next.")  # fmt: skip
 @click.option("--balancer", "name", type=NAME, help="Its choices, too: whom it gave to which slot.")
-@click.option("--sample", type=click.IntRange(1, 1_000_000), default=1, show_default=True,
-              help="With --balancer: one choice in so many.")  # fmt: skip
+@click.option("--sample", type=click.IntRange(1, 1_000_000), help="With --balancer: one in so many.  [default: 1]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, an object a line.")
 @NETNS_OPTION
 @BPFFS_OPTION
 def watch(
-    port: int | None, seconds: float, every: float, name: str | None, sample: int, as_json: bool, netns: str | None,
-    bpffs: Path,
+    port: int | None, seconds: float, every: float, name: str | None, sample: int | None, as_json: bool,
+    netns: str | None, bpffs: Path,
 ) -> None:  # fmt: skip
     """Watch sockets: TCP states, dropped packets, and the members of reuseport groups with their queues.
 
@@ -64,12 +64,15 @@ def watch(
     fastrecv watch --port 2055 --balancer flows
     fastrecv watch --json | jq 'select(.event == "drop")'
     """  # noqa: D301 - click wants the character
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if sample is not None and name is None:
+        raise click.UsageError("--sample is for --balancer")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     show = _json if as_json else _text
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
         sources: list[Watch | Choices] = []
         if name is not None:
-            sources.append(stack.enter_context(balance_life.choices(name, sample, bpffs=bpffs)))
+            sources.append(stack.enter_context(balance_life.choices(name, sample or 1, bpffs=bpffs)))
         stack.enter_context(entered(netns))
         groups = stack.enter_context(Groups())
         sources.append(stack.enter_context(Watch(port or 0)))
@@ -155,8 +158,9 @@ def _choice(found: Document) -> str:
     slot = "no slot" if found["slot"] is None else f"slot {found['slot']}"
     failure = "" if found["outcome"] == "selected" or found["slot"] is None else f": {found['outcome']}"
     why = " (no socket is in it)" if failure and found["outcome"] == "ENOENT" else ""
+    instead = f", taken by slot {found['taken']}" if found["taken"] not in (None, found["slot"]) else ""
     whose = f"  sk:{found['cookie']:x}" if found["cookie"] is not None else ""
-    return f"bucket {found['bucket']}, {slot}{failure}{why}{whose}"
+    return f"bucket {found['bucket']}, {slot}{failure}{why}{instead}{whose}"
 
 
 def _endpoint(address: str, port: int | None) -> str:

@@ -215,19 +215,12 @@ def test_the_choices_of_a_balancer_are_told_while_somebody_reads(stage: Stage) -
         maps["tables"].update([0], np.array([table.fileno()], np.uint32).view(maps["tables"].value_dtype))
         maps["slots"].update([1], [members[1].fileno()])
         members[0].setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_EBPF, balance.programs["balance"].fileno())
-        switched = []
-
-        def switch(one_in: int) -> None:
-            switched.append(one_in)
-            control = np.zeros(1, maps["control"].value_dtype)
-            control["sampling"] = one_in
-            maps["control"].update([0], control)
 
         def send() -> None:
             client.sendto(b"x", (HOST, PORT))
 
         send()
-        with sampled(maps["choices"], maps["slots"], switch, 1) as choices:
+        with sampled(maps, 1) as choices:
             assert choices.read() == []
             send()
             assert select.select([choices], [], [], 5)[0] == [choices]
@@ -239,12 +232,14 @@ def test_the_choices_of_a_balancer_are_told_while_somebody_reads(stage: Stage) -
             send()
             (nobody,) = choices.read()
         send()
-        with sampled(maps["choices"], maps["slots"], switch, 5) as choices:
+        assert maps["sampling"][0] == 0
+        with sampled(maps, 5) as choices:
             assert choices.read() == []
-        assert switched == [1, 0, 5, 0]
+            assert maps["sampling"][0] == 5
+        assert maps["sampling"][0] == 0
         with (
             pytest.raises(ValueError, match="one choice in 0 cannot be told"),
-            sampled(maps["choices"], maps["slots"], switch, 0),
+            sampled(maps, 0),
         ):
             pass
     flow = {"source": OTHER, "source_port": 4242, "destination": HOST, "destination_port": PORT}
