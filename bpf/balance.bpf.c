@@ -75,8 +75,8 @@ static __always_inline int selected_as_known(struct sk_reuseport_md *md, const s
 	return 0;
 }
 
-/* One choice in `sampling` goes to whoever watches. */
-static __always_inline void tell(const struct flow *flow, __u32 bucket, __u32 slot, __u32 taken, int outcome)
+/* One choice in `sampling` goes to whoever watches. A function of its own: CAP_BPF alone is strict about a full stack. */
+static __noinline void tell(const struct flow *flow, __u32 bucket, __u32 slot, __u32 taken, int outcome)
 {
 	struct choice *choice = bpf_ringbuf_reserve(&choices, sizeof(*choice), 0);
 	struct counters *count;

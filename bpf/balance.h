@@ -154,7 +154,7 @@ static __always_inline __u64 mixed(__u64 hash, __u32 high, __u32 low)
 static __always_inline __u64 hash_of(struct sk_reuseport_md *md, int packet, const struct flow *flow)
 {
 	int four = is_ipv4(flow);
-	__u32 used = fields;
+	__u64 used = fields; /* of 64 bits: half a place where a pointer was on the stack takes CAP_PERFMON to write */
 	union key key = {};
 	__u64 hash = seed;
 

@@ -13,7 +13,7 @@ import os
 import secrets
 import socket
 from collections.abc import Iterator
-from errno import EACCES
+from errno import EACCES, ENOENT
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -22,7 +22,7 @@ import numpy as np
 
 from fastrecv import bpf, pins, reuseport
 from fastrecv.closing import Closing
-from fastrecv.errors import StateError
+from fastrecv.errors import BpfError, StateError
 from fastrecv.jhash import jhash
 from fastrecv.steerable import check_member, protocol_of
 
@@ -207,22 +207,24 @@ class Modulo(Closing):
 
 
 class Seen(NamedTuple):
-    """What stands under a root: size and nonce (0: not set yet), and the cookies of the sockets in the slots."""
+    """What stands under a root: nonce and size (0: not set yet), and the cookies of the sockets in the slots."""
 
-    size: int
     nonce: int
+    size: int
     tcp: dict[int, int]
     udp: dict[int, int]
 
 
 def look(root: str | os.PathLike[str]) -> Seen:
-    """Read the maps of a root and change nothing; no privilege but to read the pins. StateError where there are none."""
+    """Read the maps of a root, and change nothing. Read permission on the pins; StateError where there are none."""
     found = []
     for name, (_, _, width, _) in _LAYOUT.items():
         try:
             with bpf.Map.open(Path(root) / name, np.uint32, np.dtype(f"u{width}"), read_only=True) as opened:
                 found.append(int(opened[0]) if opened.max_entries == 1 else reuseport.in_slots(opened))
-        except FileNotFoundError:
+        except BpfError as error:
+            if error.errno != ENOENT:
+                raise
             raise StateError(f"{root} holds no maps of that kind: `fastrecv balance modulo create`") from None
         except ValueError as error:
             raise StateError(f"{root} holds maps of another layout: {error}") from None

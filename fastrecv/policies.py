@@ -97,7 +97,7 @@ class Policy:
         by_bytes = self.key in ("payload", "quic")
         if by_bytes and not 1 <= self.length <= MAX_KEY:
             raise ValueError(
-                f"key {self.key!r} of {self.length} bytes: give 1 to {MAX_KEY}, in words payload[OFFSET:LENGTH], "
+                f"key {self.key!r} of {self.length} bytes: give a length of 1 to {MAX_KEY}, payload[OFFSET:LENGTH] or "
                 "quic[LENGTH]"
             )
         if (self.length and not by_bytes) or (self.offset and self.key != "payload"):

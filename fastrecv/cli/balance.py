@@ -117,15 +117,15 @@ def attach(name: str, opened: Callable[[], Any], bpffs: Path) -> None:
     """
     with balance_life.opened(name, bpffs=bpffs) as balancer, opened() as sockets:
         sock = sockets[0]
-        bare = _without_socket(balancer, balancer.weights)
-        if bare and balancer.empty != "kernel" and not balancer.sockets():
-            raise StateError(f"no slot of {name} has a socket, so every sender would be dropped: register first")
         before = _program_of(sock)
         balancer.attach(sock)
         mine = balancer.maps.program.info.id
         name_of = "a classic BPF program" if before == groups.CLASSIC else f"program {before}"
         instead = f", in the place of {name_of}" if before not in (None, mine) else ""
         click.echo(f"attached {name} (program {mine}) to the group of {steerable.described(sock)}{instead}")
+        bare = _without_socket(balancer, balancer.weights)
+        if bare and balancer.empty == "drop":
+            click.echo(f"{_slots(bare)} no socket yet: senders there are dropped until one is registered")
 
 
 @balance.command()
@@ -208,18 +208,22 @@ def _without_socket(balancer: Balancer, weights: Mapping[int, int]) -> list[int]
 
 
 def _weigh(balancer: Balancer, weights: Mapping[int, int]) -> int:
-    """Give slots these weights; StateError where one without a socket would get more senders, to be dropped."""
+    _refuse_to_drop(balancer, weights)
+    return balancer.weigh(weights)
+
+
+def _refuse_to_drop(balancer: Balancer, weights: Mapping[int, int]) -> None:
+    """StateError where a slot without a socket would get more senders, of a group that has any, to be dropped."""
     before = balancer.weights
     had, have = sum(before.values()), sum(weights.values())
     more = [
         slot for slot in _without_socket(balancer, weights) if weights[slot] * max(had, 1) > before.get(slot, 0) * have
     ]
-    if more and balancer.empty == "drop":
+    if more and balancer.empty == "drop" and balancer.sockets():
         raise StateError(
             f"{_slots(more)} no socket, so the senders that it would be given would be dropped: register there first, "
             "or drain it, too"
         )
-    return balancer.weigh(weights)
 
 
 def _hint(name: str, sock: socket.socket, program: int) -> None:
@@ -323,7 +327,7 @@ def _drain(name: str, slot: int, by_sender: bool, learn: float, bpffs: Path) -> 
             click.echo(f"slot {slot} has no buckets any more, and goes on to drain")
             return
         if by_sender:
-            balancer.without(slot)  # refuses before anything is learnt
+            _refuse_to_drop(balancer, balancer.without(slot))  # before anything is learnt
             balancer.leaving.begin(slot)
         else:
             balancer.leaving.end(slot)

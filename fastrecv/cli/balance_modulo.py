@@ -127,7 +127,7 @@ def resize(root: Path, size: int) -> None:
 @output.json_option
 def status(root: Path, as_json: bool) -> None:
     """Size, nonce, and which slots have sockets, those of peers as well."""
-    size, nonce, tcp, udp = shared.look(root)
+    nonce, size, tcp, udp = shared.look(root)
     members = {"tcp": tcp, "udp": udp}
     if as_json:
         output.as_json({"root": str(root), "size": size, "nonce": nonce, **members})
@@ -147,7 +147,7 @@ def status(root: Path, as_json: bool) -> None:
 @output.json_option
 def explain(root: Path, source: IPv4Address | IPv6Address, as_json: bool) -> None:
     """Which slot a sender has."""
-    size, nonce, tcp, udp = shared.look(root)
+    nonce, size, tcp, udp = shared.look(root)
     if not size or not nonce:
         raise StateError(f"{root} has no {'size' if nonce else 'nonce'} yet: the first packet, or `create`, sets it")
     slot = shared.slot_of(source, size, nonce)

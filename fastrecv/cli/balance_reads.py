@@ -225,6 +225,17 @@ def show_metrics(listen: tuple[Address, int] | None, bpffs: Path) -> None:
     if listen is not None:
         serve_metrics(collector, *listen)
         return
+    denied, readable = None, False
+    for name in balance_life.names(bpffs):
+        try:
+            with balance_life.opened(name, bpffs=bpffs, read_only=True):
+                readable = True
+        except PermissionError as error:
+            denied = error
+        except StateError:
+            continue  # the metrics say so
+    if denied is not None and not readable:
+        raise denied
     click.echo(metrics.text(collector), nl=False)
 
 

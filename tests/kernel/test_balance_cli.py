@@ -56,11 +56,11 @@ def slot(balance: Command, number: int) -> dict[str, object]:
 
 def test_create_says_what_was_made_or_is_there_and_destroy_that_it_is_gone(balance: Command) -> None:
     words = ("create", "flows", "--policy", "source/24/64", "--size", 3, "--seed", 7)
-    assert balance.done(*words) == "made flows: by source/24/64, 3 slots, empty slots: drop\n"
-    assert balance.done(*words) == "there already: flows: by source/24/64, 3 slots, empty slots: drop\n"
+    assert balance.done(*words) == "flows: by source/24/64, 3 slots, empty slots: drop\n"
+    assert balance.done(*words) == "flows: by source/24/64, 3 slots, empty slots: drop\n"
     options = ("--policy", "flow", "--size", 2, "--map", "source", "--empty", "next", "--senders", 5000)
     assert balance.done("create", "web", *options) == (
-        "made web: by source prefixes, else flow, 2 slots, empty slots: next, 5,000 senders may be known\n"
+        "web: by source prefixes, else flow, 2 slots, empty slots: next, 5,000 senders may be known\n"
     )
     assert balance.done("destroy", "web") == "destroyed web\n"
     assert balance.refused("destroy", "web") == "there is no balancer 'web', only flows: make it by `create`"
@@ -84,7 +84,7 @@ def test_what_is_there_is_not_made_otherwise(balance: Command, words: tuple[obje
     balance.done("create", "flows", "--size", 3, "--seed", 7)
     expected = f"balancer 'flows' is there with {said}: take that, or destroy it first"
     assert balance.refused("create", "flows", *words) == expected
-    assert balance.done("create", "flows").startswith("there already: flows: by source, 3 slots")
+    assert balance.done("create", "flows").startswith("flows: by source, 3 slots")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_wrong_words_for_create_are_usage_errors(balance: Command, words: tuple[
 
 
 def test_the_first_says_the_size(balance: Command) -> None:
-    assert balance.refused("create", "flows") == "flows is not there yet: say with which size to make it"
+    assert balance.refused("create", "flows") == "flows is not there yet: give it a size (--size)"
     assert balance.refused("status") == "there is no balancer: `fastrecv balance create`"
 
 
@@ -145,7 +145,7 @@ def test_a_balancer_that_is_not_there_is_named(balance: Command, name: str, argu
         ("register-pid", ("flows", 0, 1, "udp", "localhost", 53), "'localhost' is no IP address"),
         ("weight", ("flows", 0, 1001), "1001 is not in the range 0<=x<=1000"),
         ("resize", ("flows", 0), "0 is not in the range 1<=x<=128"),
-        ("drain", ("flows", 0, "--quiet", 0), "0.0 is not in the range 0.1<=x<=86400"),
+        ("drain", ("flows", 0, "--quiet", 0), "0.0 is not in the range 0.1<=x<=inf"),
         ("place", ("flows", "198.51.100.1/24", 0), "has bits below its prefix: 198.51.100.0/24 is the prefix"),
     ],
 )
@@ -168,8 +168,9 @@ def test_a_group_is_attached_registered_and_detached(
     hint = "its group does not have flows's program: `fastrecv balance attach flows`\n"
     assert balance.done("register", "flows", 0, "--fd", fds[0]) == first + hint
     said = f"attached flows (program {program}) to the group of udp 0.0.0.0 port 7007"
-    assert balance.done("attach", "flows", "--fd", fds[1]) == f"{said}\n"
-    assert balance.done("attach", "flows", "--fd", fds[1]) == f"{said}\n"
+    bare = "slot 1 has no socket yet: senders there are dropped until one is registered\n"
+    assert balance.done("attach", "flows", "--fd", fds[1]) == f"{said}\n{bare}"
+    assert balance.done("attach", "flows", "--fd", fds[1]) == f"{said}\n{bare}"
     assert balance.done("register", "flows", 0, "--fd", fds[0]) == first
     assert balance.refused("register", "flows", 0, "--fd", fds[1]) == (
         f"slot 0 has socket sk:{cookie_of(members[0]):x}: unregister that, or take it over"
@@ -235,17 +236,25 @@ def test_weights_and_sizes_say_how_many_senders_move(flows: Command, members: li
     )
     assert flows.done("weight", "flows", 2, 0).startswith("slot 2 has weight 0, 1,024 of 4,096 buckets moved (25.0 %")
     assert flows.refused("weight", "flows", 2, 0) == "slot 2 has no senders"
-    assert flows.done("resize", "flows", 1).startswith("2 slots before, 1 now, 1,36")
+    assert flows.done("resize", "flows", 1).startswith("3 slots before, 1 now, 1,36")
     assert flows.refused("drain", "flows", 0) == "slot 0 is the only one that has senders: nobody could take them"
-    assert flows.refused("resize", "flows", 5) == "slots 3, 4 without a socket would drop their senders: register first"
+    assert flows.refused("resize", "flows", 5) == (
+        "slots 3, 4 have no socket, so the senders that it would be given would be dropped: register there first, "
+        "or drain it, too"
+    )
     assert flows.done("resize", "flows", 3).startswith("1 slots before, 3 now")
     assert [row["weight"] for row in flows("status", "flows", "--json").json["slots"]] == [2, 1, 1]
 
 
 def test_prefixes_are_placed_shown_and_unplaced(balance: Command) -> None:
     balance.done("create", "flows", "--size", 2, "--map", "source")
-    assert balance.done("place", "flows", "198.51.100.0/24", 1) == "source 198.51.100.0/24: slot 1\n"
-    assert balance.done("place", "flows", "2001:db8::/32", 0) == "source 2001:db8::/32: slot 0\n"
+    assert (
+        balance.done("place", "flows", "198.51.100.0/24", 1)
+        == "source 198.51.100.0/24: slot 1, which has no socket yet\n"
+    )
+    assert (
+        balance.done("place", "flows", "2001:db8::/32", 0) == "source 2001:db8::/32: slot 0, which has no socket yet\n"
+    )
     assert "source 198.51.100.0/24: slot 1\n" in balance.done("status", "flows")
     assert balance("status", "flows", "--json").json["places"] == {"198.51.100.0/24": 1, "2001:db8::/32": 0}
     assert balance.done("unplace", "flows", "198.51.100.0/24") == "198.51.100.0/24: by source\n"
@@ -266,9 +275,11 @@ def test_drain_waits_until_the_queue_is_read_and_empties_the_slot(
     said = flows("drain", "flows", 1, "--wait", 0.2)
     assert said.code == 1
     assert said.out.startswith("slot 1 drains, 1,36")
-    assert re.fullmatch(r"slot 1 still has [\d,]+ queued after 0.2 s: its process does not read", one_line(said.err))
+    assert re.fullmatch(
+        r"slot 1 still has [\d,]+ queued after 0.2 s: its process does not read. `drain` waits on", one_line(said.err)
+    )
     assert slot(flows, 1)["state"] == "draining"
-    assert flows.refused("drain", "flows", 1) == "slot 1 has no senders"
+    assert flows.done("drain", "flows", 1) == "slot 1 has no buckets any more, and goes on to drain\n"
     with contextlib.suppress(BlockingIOError):
         while members[2].recv(9):
             pass
@@ -281,11 +292,17 @@ def test_drain_waits_until_the_queue_is_read_and_empties_the_slot(
 def test_drain_by_sender_ends_when_none_has_come_for_a_while(balance: Command, members: list[socket.socket]) -> None:
     balance.done("create", "flows", "--size", 2, "--senders", 100)
     balance.done("register", "flows", 0, "--fd", members[0].fileno())
+    assert balance.refused("drain", "flows", 0, "--by-sender") == (
+        "slot 1 has no socket, so the senders that it would be given would be dropped: register there first, or drain "
+        "it, too"
+    )
+    assert balance("status", "flows", "--json").json["leaving"] == {}
+    balance.done("register", "flows", 1, "--fd", members[1].fileno())
     said = balance.done("drain", "flows", 0, "--by-sender", "--learn", 0.1, "--quiet", 0.1, "--wait", 1).splitlines()
     assert said == [
         "0 senders came within 0.1 s, and stay",
         "slot 0 drains, 2,048 of 4,096 buckets moved (50.0 % of the senders)",
-        "none of slot 0's senders has come for 0.1 s: it has none any more",
+        "slot 0 has no known sender: it has none any more",
         "slot 0 is empty, and nothing is queued: its process can end",
     ]
 

@@ -120,7 +120,7 @@ def test_explain_says_who_gets_a_sender_and_why(flows: Command, stage: Stage, me
 @pytest.mark.parametrize(
     ("policy", "words", "said"),
     [
-        ("flow", ("198.51.100.7:1",), "by flow the destination counts: give it, too"),
+        ("flow", ("198.51.100.7:1",), "the destination counts for this balancer: give it, too"),
         ("flow", ("198.51.100.7", "192.0.2.1:1"), "by flow the port counts: give SOURCE with its port"),
         ("flow", ("198.51.100.7:1", "192.0.2.1"), "by flow the port counts: give DESTINATION with its port"),
         ("flow", ("198.51.100.7:1", "[2001:db8::1]:1"), "source and destination are of different IP versions"),

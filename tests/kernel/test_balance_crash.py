@@ -97,7 +97,7 @@ def test_a_create_that_is_killed_leaves_none_or_a_whole_one_and_the_next_goes_on
         created(bpffs, None if whole else 1000 + seen.total())
         left = {entry.name for entry in (bpffs / "fastrecv" / "balance-flows").iterdir()}
         assert "document-new" not in left, place
-        assert len(left) == 12
+        assert len(left) == 13
         balance_life.destroy("flows", bpffs=bpffs)
     assert seen[False] > 30
     assert seen[True] > 0

@@ -102,7 +102,7 @@ def test_sockets_that_are_no_members_are_refused_by_name_with_the_cure(
         for sock, reason in [
             (late, "udp 198.51.100.2 port 9001 is in no group: its SO_REUSEPORT was set after bind(), set it before"),
             (plain, "udp 198.51.100.2 port 9002 is in no group: set SO_REUSEPORT before bind()"),
-            (quiet, "tcp 198.51.100.2 port 9003 is in no group yet, it is from bind() on, TCP from listen()"),
+            (quiet, "tcp 198.51.100.2 port 9003 is in no group yet: it joins by bind(), TCP by listen()"),
             (
                 multipath,
                 "port 9004 is an MPTCP listener, which takes no program and no place in a BPF map: open it as plain",

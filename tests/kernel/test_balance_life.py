@@ -216,7 +216,7 @@ def test_making_takes_one_capability_and_changing_none(command: Callable[..., in
         for words in [
             ("attach", "flows", "--fd", member.fileno()),
             ("register", "flows", 0, "--fd", member.fileno()),
-            ("weight", "flows", 1, 3),
+            ("weight", "flows", 0, 3),
             ("place", "flows", "198.51.100.0/24", 0),
             ("unplace", "flows", "198.51.100.0/24"),
             ("drain", "flows", 1, "--by-sender", "--learn", 0, "--quiet", 0.1),

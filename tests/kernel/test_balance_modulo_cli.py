@@ -55,7 +55,7 @@ def test_a_group_from_its_beginning_to_its_end(lookup: Command, stage: Stage, ro
         "udp": {str(slot): cookie_of(member) for slot, member in enumerate(members)},
     }  # fmt: skip
     for slot in range(3):
-        assert done("unregister", "udp", slot) == f"udp slot {slot} is empty\n"
+        assert done("unregister", slot, "udp") == f"udp slot {slot} is empty\n"
     assert done("destroy") == f"destroyed {root}\n"
     assert not root.exists()
 
@@ -65,7 +65,7 @@ def test_a_group_from_its_beginning_to_its_end(lookup: Command, stage: Stage, ro
     [
         (("create", "ROOT", "--size", 8), "size is 2 there, 8 here: all that share .* must agree"),
         (("status", "ROOT/none"), "none holds no maps of that kind: `fastrecv balance modulo create`"),
-        (("unregister", "ROOT", "tcp", 1), "tcp slot 1 has no socket"),
+        (("unregister", "ROOT", 1, "tcp"), "tcp slot 1 has no socket"),
         (("register", "ROOT", 1, "--fd", "MEMBER"), "port 7007 has slot 0: unregister it there first"),
         (("register", "ROOT", 0, "--fd", "OTHER"), "slot 0 has socket sk:.*: unregister that, or take it over"),
         (("destroy", "ROOT"), "is in use, slots udp 0: unregister or close their sockets"),

@@ -100,7 +100,7 @@ def test_attached_before_bind_it_keeps_others_out_and_a_filter_refuses(stage: St
     serve(stage, kind, "ipv4", 1)
     with socket.socket(socket.AF_INET, kind) as second:
         second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        with pytest.raises(SocketRefusedError, match=r"is in no group yet, it is from bind\(\) on"):
+        with pytest.raises(SocketRefusedError, match=r"is in no group yet: it joins by bind\(\)"):
             Filter(Policy(), 2).attach(second)
         attach(second, ALWAYS_1)
         with pytest.raises(OSError, match="in use") as caught:
@@ -111,7 +111,7 @@ def test_attached_before_bind_it_keeps_others_out_and_a_filter_refuses(stage: St
 def test_attached_before_listen_it_keeps_others_out_and_a_filter_refuses(stage: Stage) -> None:
     serve(stage, TCP, "ipv4", 1)
     second = stage.bind(TCP, "0.0.0.0", PORT, reuseport=True)  # noqa: S104 - a private namespace
-    with pytest.raises(SocketRefusedError, match=r"port 7007 is in no group yet, .* TCP from listen\(\)"):
+    with pytest.raises(SocketRefusedError, match=r"port 7007 is in no group yet: .* TCP by listen\(\)"):
         Filter(Policy(), 2).attach(second)
     attach(second, ALWAYS_1)
     with pytest.raises(OSError, match="in use") as caught:

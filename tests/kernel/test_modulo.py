@@ -188,14 +188,14 @@ def test_attaching_too_early_is_refused_with_the_reason(root: Path, stage: Stage
     with Modulo(root) as shared, socket.socket(socket.AF_INET, kind) as unbound:
         unbound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         with pytest.raises(
-            SocketRefusedError, match=r"is in no group yet, it is from bind\(\) on, TCP from listen\(\).*EADDRINUSE"
+            SocketRefusedError, match=r"is in no group yet: it joins by bind\(\), TCP by listen\(\).*EADDRINUSE"
         ):
             shared.attach(unbound)
         with pytest.raises(SocketRefusedError, match="is in no group yet"):
             shared.register(0, unbound)
         unbound.bind(("127.0.0.1", PORT))
         if kind == TCP:
-            with pytest.raises(SocketRefusedError, match=r"is in no group yet, it is from bind\(\) on"):
+            with pytest.raises(SocketRefusedError, match=r"is in no group yet: it joins by bind\(\)"):
                 shared.attach(unbound)
             unbound.listen()
         shared.attach(unbound)
