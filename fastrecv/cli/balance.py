@@ -360,7 +360,7 @@ def _await_quiet(name: str, slot: int, quiet: float, bpffs: Path) -> None:
             click.echo(f"\r{known.senders:,} known, the last came {known.quiet:.0f} s ago ", err=True, nl=False)
     with balance_life.opened(name, bpffs=bpffs) as balancer:
         balancer.leaving.end(slot)
-    if not served:
+    if not served and known.senders:
         raise StateError(f"the socket of slot {slot} was closed: its senders go where their buckets are")
     none = (
         f"none of slot {slot}'s senders has come for {quiet:g} s"
