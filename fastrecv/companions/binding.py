@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from errno import EACCES, EADDRINUSE, EADDRNOTAVAIL, EMFILE
 from ipaddress import IPv4Address, IPv6Address
 
-__all__ = ["Address", "allow_descriptors", "bind", "check_local", "is_local", "opened"]
+__all__ = ["Address", "allow_descriptors", "bind", "check_local", "is_local", "name_of", "opened"]
 
 Address = IPv4Address | IPv6Address
 
@@ -31,6 +31,17 @@ def opened(kind: socket.SocketKind, version: int) -> socket.socket:
     return socket.socket(family, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
 
 
+def name_of(address: Address, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
+    """An address and port as the socket module takes them: a link-local one (fe80::1%eth0) with its interface."""
+    zone = address.scope_id if isinstance(address, IPv6Address) else None
+    if zone is None:
+        return str(address), port
+    try:
+        return str(address).partition("%")[0], port, 0, socket.if_nametoindex(zone)
+    except OSError as error:
+        raise OSError(error.errno, f"{address}: there is no interface {zone!r}") from None
+
+
 def bind(sock: socket.socket, address: Address, port: int) -> None:
     """Bind to an address of this host. Port 0: one is chosen, for TCP when it connects (IP_BIND_ADDRESS_NO_PORT).
 
@@ -43,7 +54,7 @@ def bind(sock: socket.socket, address: Address, port: int) -> None:
     if address.version == 6 and is_local(address):
         sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
     try:
-        sock.bind((str(address), port))
+        sock.bind(name_of(address, port))
     except OSError as error:
         cures = {
             EADDRINUSE: "it is in use by a program that does not share it (SO_REUSEPORT), or by another user's",

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from fastrecv.companions import fastopen
 from fastrecv.companions.answers import LONGEST, Endpoint, Server, endpoint
-from fastrecv.companions.binding import Address, allow_descriptors, bind, check_local, opened
+from fastrecv.companions.binding import Address, allow_descriptors, bind, check_local, name_of, opened
 
 __all__ = ["LONGEST_PAYLOAD", "MOST", "Outcome", "Plan", "Way", "ask"]
 
@@ -75,7 +75,7 @@ class _Client:
     def __init__(self, number: int, sock: socket.socket, plan: Plan) -> None:
         self.sock, self._number, self._way = sock, number, plan.way
         self._payload = plan.payload(number)
-        self._to = str(plan.destination[0]), plan.destination[1]
+        self._to = name_of(*plan.destination)
         self._sent = 0
         self._answer = b""
         self._connected: float | None = None
@@ -152,7 +152,7 @@ class _Client:
         answered = None if self._failure or self._answered is None or self._asked is None else (
             1e3 * (self._answered - self._asked))  # fmt: skip
         return Outcome(
-            self._number, self._from, Endpoint(*self._to),
+            self._number, self._from, endpoint(self._to),
             None if self._failure else Server.read(self._answer), self._sent, len(self._answer),
             None if connected is None or self._way == "udp" else 1e3 * (connected - self.started), answered, in_syn,
             self._failure,

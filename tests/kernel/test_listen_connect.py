@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyroute2 import IPRoute
 
 from fastrecv.balance import Balancer
 from fastrecv.balance_explain import explain
@@ -160,3 +161,17 @@ def test_a_namespace_is_entered_where_it_is_named(
             (client,) = connected(capsys, *words[1:], "--netns", namespace)
         listener.end()
     assert client["server"]["pid"] == listener.process.pid
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_a_link_local_address_has_its_interface(
+    stage: Stage, capsys: pytest.CaptureFixture[str], protocol: str
+) -> None:
+    with stage.namespace, IPRoute() as net:
+        net.addr("add", index=1, address="fe80::7", prefixlen=64)
+    where = "[fe80::7%lo]:7007"
+    with listening(protocol, where, listeners=2):
+        clients = connected(capsys, protocol, where, "--clients", 4)
+    assert len(clients) == 4
+    assert run(["connect", protocol, "[fe80::7%nowhere]:7007"]) == 1
+    assert "fe80::7%nowhere: there is no interface 'nowhere'" in capsys.readouterr().err
