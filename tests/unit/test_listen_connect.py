@@ -63,7 +63,9 @@ def test_both_sides_tell_the_same_of_every_client(protocol: str, host: str, caps
         assert [slot["slot"] for slot in listener.slots] == [0, 1, 2]
         assert {slot["pid"] for slot in listener.slots} == {listener.process.pid}
         assert len({slot["cookie"] for slot in listener.slots} | {slot["fd"] for slot in listener.slots}) == 6
-        clients = connected(capsys, protocol, where, "--clients", 40, "--payload", "hex:00ff7f")
+        clients = connected(
+            capsys, protocol, where, "--clients", 40, "--source-port", 20_000, "--payload", "hex:00ff7f"
+        )
         listener.end()
     events = listener.events("connection" if protocol == "tcp" else "datagram")
     by_source = {event["source"]["port"]: event for event in events}
