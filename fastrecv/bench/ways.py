@@ -16,6 +16,7 @@ from fastrecv.bpf import Program, packaged
 from fastrecv.classic import Filter
 from fastrecv.modulo import slot_of
 from fastrecv.policies import Policy, Sender
+from fastrecv.reuseport import attach
 from fastrecv.sockets import drop_everything
 
 __all__ = ["HASH", "MEMBERS", "ONE_SENDER", "Choice", "Group", "Way", "open_members", "ways_of"]
@@ -23,7 +24,6 @@ __all__ = ["HASH", "MEMBERS", "ONE_SENDER", "Choice", "Group", "Way", "open_memb
 MEMBERS = 4  # of a group
 HASH, ONE_SENDER = "hash", "one-sender"
 _IP_FREEBIND = 15  # ip(7); include/uapi/linux/in.h
-_SO_ATTACH_REUSEPORT_EBPF = 52  # include/uapi/asm-generic/socket.h
 
 
 class Choice(NamedTuple):
@@ -118,7 +118,7 @@ def _modulo(group: Group) -> Iterator[Choice]:
         targets = modulo.maps[f"{protocol}_balancing_targets"]
         targets.update(list(range(size)), [sock.fileno() for sock in group.sockets])
         program = modulo.programs["_selector"]
-        group.sockets[0].setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_EBPF, program.fileno())
+        attach(group.sockets[0], program)
         yield Choice(program, lambda sender: slot_of(sender.source, size, nonce))
 
 
