@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Handler", "HandlerError", "load"]
+__all__ = ["Handler", "HandlerError", "called", "in_one_line", "load"]
 
 
 class HandlerError(Exception):
@@ -71,16 +71,16 @@ def _imported(name: str, module: str) -> object:
     except ModuleNotFoundError as error:
         if error.name is not None and f"{module}.".startswith(f"{error.name}."):
             raise HandlerError(f"{name!r}: there is no module {error.name!r} on {_path()}") from None
-        raise HandlerError(f"{name!r} cannot be imported: {_described(error)}") from error
+        raise HandlerError(f"{name!r} cannot be imported: {in_one_line(error)}") from error
     except Exception as error:  # whatever the code of others raises
-        raise HandlerError(f"{name!r} cannot be imported: {_described(error)}") from error
+        raise HandlerError(f"{name!r} cannot be imported: {in_one_line(error)}") from error
 
 
 def _path() -> str:
     return f"the path of {sys.executable} (PYTHONPATH, or the folder that the command was called in)"
 
 
-def _described(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     """An exception in one line, with where it was raised."""
     trace, where = error.__traceback__, ""
     while trace is not None:
@@ -95,7 +95,7 @@ def _of_class(name: str, kind: type) -> Handler:
     try:
         made = kind()
     except Exception as error:  # whatever the code of others raises
-        raise HandlerError(f"{name!r} cannot be made: {_described(error)}") from error
+        raise HandlerError(f"{name!r} cannot be made: {in_one_line(error)}") from error
     handle, serve = getattr(made, "handle", None), getattr(made, "serve", None)
     if callable(handle) == callable(serve):
         raise HandlerError(f"{name!r} has {'both' if callable(handle) else 'neither'} handle and serve: give it one")

@@ -1,8 +1,9 @@
 """What supervisor and worker say to one another: words over a pair of sockets that keep them apart (SOCK_SEQPACKET).
 
-The supervisor's first message is the worker's Task. The worker says "ready" when it has imported its handler, or
-"failed" and why; then it waits for "start" before it reads its socket. "stop" lets it finish its batch, "drain" read
-the queue to its end first; having read for the last time it says "stopped". A supervisor that is gone means "stop".
+The supervisor's first message is the worker's Task. The worker says "ready" when its handler has been imported and
+started, or "failed" and why; then it waits for "start" before it reads its socket. "stop" lets it finish its batch,
+"drain" read the queue to its end first; having read for the last time it says "stopped". A supervisor that is gone
+means "stop".
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ class Orders:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self.stop = self.drain = self.alone = False
+        self.started = self.stop = self.drain = self._alone = False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it is to neither start nor stop yet."""
+        return not (self.started or self.stop)
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -29,38 +35,26 @@ class Orders:
         try:
             self._sock.send(word.encode()[: LONGEST - 1])
         except (BrokenPipeError, ConnectionResetError):
-            self.stop = self.alone = True
-
-    def wait(self) -> bool:
-        """Wait for "start"; False where that will not come."""
-        while not self.stop:
-            if self._take(0) == b"start":
-                return True
-        return False
+            self.stop = self._alone = True
 
     def look(self) -> None:
         """Take what has been said meanwhile."""
-        try:
-            while not self.alone:
-                self._take(socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
+        while not self._alone:
+            try:
+                word = self._sock.recv(LONGEST, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                word = b""
+            self._alone = not word
+            self.started |= word == b"start"
+            self.stop |= word in (b"", b"stop")
+            self.drain |= word == b"drain"
 
-    def _take(self, flags: int) -> bytes:
-        try:
-            word = self._sock.recv(LONGEST, flags)
-        except ConnectionResetError:
-            word = b""
-        if not word:
-            self.alone = True
-        self.stop |= word in (b"", b"stop")
-        self.drain |= word == b"drain"
-        return word
-
-    def idle(self, fd: int, seconds: float) -> None:
-        """Wait until a descriptor is readable, something is said, or the time is over."""
+    def idle(self, seconds: float | None, *others: int) -> None:
+        """Wait until something is said, one of the other descriptors is readable, or the time is over."""
         poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        poll.register(self._sock, select.POLLIN)
-        poll.poll(1000 * seconds)
+        for fd in (self._sock.fileno(), *others):
+            poll.register(fd, select.POLLIN)
+        poll.poll(None if seconds is None else 1000 * seconds)
         self.look()

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+import fastrecv
 from fastrecv.workers.orders import LONGEST
 from fastrecv.workers.settings import Task
 
@@ -38,12 +40,13 @@ class Process:
         self.told: Literal["stop", "drain"] | None = None
         self.began = time.monotonic()
         self.read_since: float | None = None
+        self._silent = False
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
                 theirs_fd = theirs.fileno()
                 self._popen = subprocess.Popen(  # noqa: S603 - ourselves
-                    [sys.executable, "-m", "fastrecv.workers.worker", str(theirs_fd)],
+                    [sys.executable, *_safe(), "-m", "fastrecv.workers.worker", str(theirs_fd)],
                     pass_fds=[theirs_fd, task.counters, task.socket], stdin=subprocess.DEVNULL, env=os.environ | ALONE,
                     start_new_session=True,  # Ctrl-C is for the supervisor
                 )  # fmt: skip
@@ -61,7 +64,7 @@ class Process:
     @property
     def descriptors(self) -> Iterable[int]:
         """What to poll: it has said something, or has ended."""
-        return (self._orders.fileno(), self.pidfd)
+        return (self.pidfd,) if self._silent else (self._orders.fileno(), self.pidfd)
 
     def _say(self, word: bytes) -> None:
         try:
@@ -94,7 +97,8 @@ class Process:
                 word = self._orders.recv(LONGEST).decode(errors="replace")
             except (BlockingIOError, ConnectionResetError):
                 return said
-            if not word:
+            if not word:  # it has closed its end
+                self._silent = True
                 return said
             said.append(word)
             kind, _, rest = word.partition(" ")
@@ -129,6 +133,14 @@ class Process:
     def status(self) -> int:
         """Exit code; negative: the signal that killed it."""
         return self._popen.wait()
+
+
+def _safe() -> list[str]:
+    """An interpreter's option by which nothing comes from the current folder before privileges are given up.
+
+    Unless this package itself lies there.
+    """
+    return [] if Path(fastrecv.__file__).parents[1] == Path.cwd() else ["-P"]
 
 
 def ending(status: int) -> str:

@@ -141,7 +141,7 @@ class Slot:
 
     def act(self, now: float, timeout: float) -> None:
         """What the time has come for: another try, or the end of who hangs or takes too long. timeout : 0 is never."""
-        if self._again_at is not None and now >= self._again_at:
+        if self._again_at is not None and now >= self._again_at and not self.drained:
             self.begin()
         for process in self.processes:
             if process.deadline is not None and now >= process.deadline:

@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import Sequence
 from errno import EPERM
 
-from fastrecv import sockets
+from fastrecv import reuseport, sockets
 from fastrecv.balance import Balancer
 from fastrecv.classic import Filter
-from fastrecv.errors import BpfError
+from fastrecv.errors import BpfError, SocketRefusedError
 from fastrecv.policies import Policy
 
 __all__ = ["Steering"]
 
+_FREED = 5.0  # seconds
+
 
 class Steering:
-    """The group's program and its slots; attached when this returns. replace : in the place of one that it has.
+    """The group's program and its slots; attached when this returns.
+
+    passed : the first sockets are another's, who keeps them: a program that a killed supervisor has left there goes,
+    and so does this one in the end, so that every datagram finds a queue meanwhile.
 
     With a Balancer, senders move as few as can and any slot may be without. Classic BPF divides them among all members,
     by their order; the kernel's hash too.
     """
 
-    def __init__(self, policy: Policy, members: Sequence[socket.socket], log: logging.Logger, *, replace: bool) -> None:
+    def __init__(self, policy: Policy, members: Sequence[socket.socket], log: logging.Logger, *, passed: bool) -> None:
         self._log = log
         self._by: Balancer | Filter | None = None
+        self._kept = members[0] if passed else None
         if not are_group(members):
             return
         try:
-            self._by = Balancer.best(policy, members, replace=replace)
+            self._by = _best(policy, members, passed and reuseport.detach(members[0]))
         except BpfError as error:
             if error.errno != EPERM:
                 raise
@@ -68,8 +75,22 @@ class Steering:
             self._by.unregister(slot)
 
     def close(self) -> None:
+        if self._kept is not None and self._by is not None:
+            reuseport.detach(self._kept)
         if isinstance(self._by, Balancer):
             self._by.close()
+
+
+def _best(policy: Policy, members: Sequence[socket.socket], replaced: bool) -> Balancer | Filter:
+    """Balancer.best. replaced : a program has just gone, whose slots the kernel frees only after a while."""
+    deadline = time.monotonic() + _FREED
+    while True:
+        try:
+            return Balancer.best(policy, members)
+        except SocketRefusedError:
+            if not replaced or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def are_group(members: Sequence[socket.socket]) -> bool:

@@ -13,7 +13,7 @@ from collections import deque
 from fastrecv import privileges
 from fastrecv.errors import StateError
 from fastrecv.policies import Policy
-from fastrecv.sockets import drop_everything
+from fastrecv.sockets import drop_everything, receive_buffer_limit
 from fastrecv.steerable import described
 from fastrecv.workers import logs, opening
 from fastrecv.workers.counters import Counters
@@ -79,7 +79,7 @@ class Supervisor:
             found += [privileges.CAP_SETUID, privileges.CAP_SETGID, privileges.CAP_KILL]
         if self._slots and privileges.is_privileged_port(self._slots[0].sock.getsockname()[1]):
             found.append(privileges.CAP_NET_BIND_SERVICE)
-        if self._settings.receive_buffer is not None:
+        if (self._settings.receive_buffer or 0) > receive_buffer_limit():
             found.append(privileges.CAP_NET_ADMIN)
         return found
 
@@ -93,7 +93,7 @@ class Supervisor:
         self._slots = [self._slot(number, sock, sock not in passed) for number, sock in enumerate(members)]
         self._wanted = len(members)
         self._sharing = set(range(len(members)))
-        self._steering = Steering(self._policy, members, self._log, replace=bool(passed))
+        self._steering = Steering(self._policy, members, self._log, passed=bool(passed))
         stack.callback(self._steering.close)
 
     def _slot(self, number: int, sock: socket.socket, own: bool) -> Slot:
@@ -129,7 +129,7 @@ class Supervisor:
         if self._at_once:
             return True
         if self._ending:
-            return all(slot.finished for slot in self._slots)
+            return all(slot.finished for slot in self._slots) or time.monotonic() >= self._end_by
         return all(slot.given_up for slot in self._slots)
 
     def _result(self) -> int:
@@ -190,7 +190,7 @@ class Supervisor:
 
     def _leave(self) -> None:
         """Stop the flow, then let every queue be read to its end."""
-        self._ending = True
+        self._ending, self._end_by = True, time.monotonic() + self._settings.graceful_timeout
         self._rolling.clear()
         for slot in self._slots:
             if slot.own:
@@ -217,9 +217,9 @@ class Supervisor:
             return
         slot = self._rolling[0]
         if self._rolled is None:
-            if slot.successor is None:
+            if slot.successor is None:  # else it was started before, perhaps with code of before
                 slot.begin()
-            self._rolled = slot.successor
+                self._rolled = slot.successor
         elif slot.reader is self._rolled:
             self._rolling.popleft()
             self._rolled = None

@@ -5,11 +5,11 @@ It becomes who it shall be and gives every capability up before it imports the s
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
 import sys
+from pathlib import Path
 from types import FrameType
 
 import msgspec
@@ -37,13 +37,13 @@ def main(fd: int) -> int:
         orders = Orders(sock)
         try:
             become(task.identity)
-            handler = load(task.settings.handler)
+            sys.path.insert(0, str(Path.cwd()))
+            _work(task, load(task.settings.handler), orders)
         except (HandlerError, OSError, privileges.OtherThreadsError) as error:
+            if not orders.waiting:
+                raise
             orders.say(f"failed {error}")
             return FAILED
-        orders.say("ready")
-        if orders.wait():
-            _work(task, handler, orders)
     return 0
 
 
@@ -62,16 +62,9 @@ def become(identity: Identity) -> None:
 
 
 def _work(task: Task, handler: Handler, orders: Orders) -> None:
-    settings = task.settings
-    log = logs.opened(f"worker {task.slot} [{os.getpid()}]")
-    with contextlib.ExitStack() as stack:
-        sock = stack.enter_context(socket.socket(fileno=task.socket))
-        counters = stack.enter_context(Counters(task.counters))
-        Reading(
-            sock, handler, counters.row(task.slot), orders, batch_size=settings.batch_size,
-            going_on=settings.on_error == "continue", idle=min(1.0, (settings.timeout or 3.0) / 3),
-            errors=logs.Limited(log),
-        ).run()  # fmt: skip
+    errors = logs.Limited(logs.opened(f"worker {task.slot} [{os.getpid()}]"))
+    with socket.socket(fileno=task.socket) as sock, Counters(task.counters) as counters:
+        Reading(task, handler, sock, counters, orders, errors).run()
 
 
 if __name__ == "__main__":

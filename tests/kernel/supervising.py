@@ -7,11 +7,12 @@ import mmap
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from pyroute2 import IPRoute
 from fastrecv.bench.numbered import NUMBERED, NumberedSource, udp_counters
 from fastrecv.netns import Namespace
 from fastrecv.workers.counters import NAME, ROW
+from fastrecv.workers.process import ALONE
 from fastrecv.workers.settings import MAX_WORKERS
 from tests.kernel.commands import COMMAND
 
@@ -40,11 +42,69 @@ class Recorder:
 """
 """Writes down what it is given; with {folder}."""
 
+APP = """
+import asyncio, os, signal, time
+from pathlib import Path
 
-def until(found: Callable[[], object], what: str = "what was waited for") -> None:
+FOLDER = Path({folder!r})
+
+def note(text):
+    with (FOLDER / "notes").open("a") as file:
+        file.write(f"{{os.getpid()}} {{text}}\\n")
+
+def handle(batch):
+    for payload, _ in batch.datagrams():
+        if payload == b"hang":
+            time.sleep(1000)
+        if payload == b"die":
+            os._exit(7)
+        if payload == b"raise":
+            raise ValueError("as it was told")
+        if payload == b"bpf":
+            from fastrecv.balance import Balancer
+            from fastrecv.policies import Policy
+            try:
+                Balancer(Policy())
+            except OSError as error:
+                note(f"errno {{error.errno}}")
+            continue
+        note(payload.decode())
+
+def slow(batch):
+    time.sleep(0.02 * len(batch))
+
+class Life:
+    async def start(self):
+        note("start")
+    async def handle(self, batch):
+        await asyncio.sleep(0)
+        handle(batch)
+    def stop(self):
+        note("stop")
+
+def serve(sockets):
+    going = True
+    def stop(*_):
+        nonlocal going
+        going = False
+    signal.signal(signal.SIGTERM, stop)
+    (sock,) = sockets
+    sock.settimeout(0.05)
+    while going:
+        try:
+            note(sock.recv(99).decode())
+        except TimeoutError:
+            pass
+
+number = 3
+"""
+"""Does as datagrams say; with {folder}."""
+
+
+def until(found: Callable[[], object], what: Callable[[], str]) -> None:
     deadline = time.monotonic() + _PATIENCE
     while not found():
-        assert time.monotonic() < deadline, f"{what} has not come"
+        assert time.monotonic() < deadline, what()
         time.sleep(0.01)
 
 
@@ -60,13 +120,17 @@ def namespace() -> Iterator[Namespace]:
 class Service:
     """`fastrecv run` as a process of its own. folder : on the handlers' path, and where they write."""
 
-    def __init__(self, folder: Path, handler: str, *options: object, bind: str | None = f"{ADDRESS}:{PORT}") -> None:
+    def __init__(
+        self, folder: Path, handler: str, *options: object, bind: str | None = f"{ADDRESS}:{PORT}",
+        before: Sequence[str] = (), **popen: Any,
+    ) -> None:  # fmt: skip
         self.folder = folder
         self._log = folder / "log"
-        words = [*COMMAND, "run", handler, *map(str, options), *(("-b", bind) if bind else ())]
+        words = [*before, *COMMAND, "run", handler, *map(str, options), *(("-b", bind) if bind else ())]
+        environment = os.environ | ALONE | {"PYTHONPATH": str(folder)}
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(folder)}
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, **popen
             )
 
     @property
@@ -74,7 +138,9 @@ class Service:
         return self._log.read_text()
 
     def says(self, words: str, times: int = 1) -> None:
-        until(lambda: len(re.findall(words, self.log)) >= times, f"{words!r} ({times} times) in\n{self.log}")
+        until(
+            lambda: len(re.findall(words, self.log)) >= times, lambda: f"{words!r} is not {times} times in\n{self.log}"
+        )
 
     def begun(self, workers: int) -> None:
         self.says(r"worker \d+ \[\d+\] reads", workers)
@@ -85,7 +151,7 @@ class Service:
     def rows(self) -> NDArray[np.void]:
         """The counters, as they are."""
         for fd in Path(f"/proc/{self.process.pid}/fd").iterdir():
-            if NAME in os.readlink(fd):
+            if NAME in fd.readlink().name:
                 with fd.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as memory:
                     return np.frombuffer(bytes(memory), ROW, MAX_WORKERS)
         raise AssertionError("no counters")
@@ -107,6 +173,20 @@ class Service:
             found.append(np.frombuffer(data[: len(data) // NUMBERED.itemsize * NUMBERED.itemsize], NUMBERED))
         return np.concatenate([np.zeros(0, NUMBERED), *found])
 
+    def notes(self) -> list[tuple[int, str]]:
+        """What the APP noted: process, text."""
+        path = self.folder / "notes"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [(int(pid), text) for pid, _, text in (line.partition(" ") for line in lines)]
+
+    def noted(self, *texts: str) -> None:
+        """Wait until the APP has noted just these, in any order."""
+        wanted = sorted(texts)
+        until(
+            lambda: sorted(text for _, text in self.notes()) == wanted,
+            lambda: f"{texts} and not {self.notes()}\n{self.log}",
+        )
+
     def by_process(self) -> dict[int, NDArray[np.void]]:
         return {int(path.stem): np.frombuffer(path.read_bytes(), NUMBERED) for path in self.folder.glob("*.rows")}
 
@@ -116,6 +196,24 @@ class Service:
     def __exit__(self, *exception: object) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def app(folder: Path) -> str:
+    """Write the APP; its module's name."""
+    (folder / "app.py").write_text(APP.format(folder=str(folder)))
+    return "app"
+
+
+def say(*payloads: str, source: str = "127.0.0.1") -> None:
+    """Datagrams of one sender."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind((source, 0))
+        for payload in payloads:
+            sock.sendto(payload.encode(), (ADDRESS, PORT))
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @contextlib.contextmanager
@@ -155,8 +253,6 @@ def finished(service: Service, source: NumberedSource, ns: Namespace) -> Account
     """Stop the source, then the service; the account of the run."""
     sent = source.stop()
     assert service.stop() == 0
-    total = re.search(
-        r"stopped: (\d+) datagrams received, (\d+) handled, (\d+) failed, (\d+) in the hands", service.log
-    )
+    total = re.search(r"stopped: (\d+) datagrams received, (\d+) handled, (\d+) failed, (\d+) in", service.log)
     assert total is not None
     return account(service, udp_counters(ns), sent, total)

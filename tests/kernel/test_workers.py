@@ -1,4 +1,4 @@
-"""Worker processes under a flood: whoever dies, leaves or comes, no queue is lost and every datagram is handled once."""
+"""Workers under a flood: whoever dies, leaves or comes, no queue is lost and every datagram is handled once."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_worker_more_and_one_less_move_the_fewest_senders_and_lose_nothing(ns:
 def _twice_round(source: NumberedSource) -> None:
     """Until every sender has sent in this phase."""
     end = source.sent + 2 * MANY
-    until(lambda: source.sent > end)
+    until(lambda: source.sent > end, lambda: f"only {source.sent} sent")
 
 
 def _owners(rows: NDArray[np.void], slots: NDArray[np.int64], phase: int) -> NDArray[np.int64]:
