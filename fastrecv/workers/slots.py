@@ -14,7 +14,7 @@ from fastrecv.workers.process import Process, ending
 __all__ = ["Slot"]
 
 _AT_ONCE = 1.0  # seconds of reading: who dies earlier has died at once
-_BACKOFF = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)  # seconds before the next try, by how many have died at once; then no more
+_BACKOFF = (0.0, 0.1, 0.2, 0.4, 0.8)  # seconds before the next try, by how many have died at once; then no more
 _IMPORT = 60.0  # seconds until a worker must be ready, where the timeout is shorter
 _WELL = (0, -signal.SIGTERM)
 
