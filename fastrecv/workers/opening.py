@@ -47,6 +47,8 @@ def members(settings: Settings, passed: list[socket.socket]) -> list[socket.sock
     if wanted < len(passed):
         raise StateError(f"systemd has passed {len(passed)} sockets, and each needs a worker: give as many, or none")
     made = list(passed)
+    for sock in passed:
+        _grow(sock, settings)
     try:
         while len(made) < wanted:
             made.append(another(settings, made))
@@ -68,9 +70,13 @@ def another(settings: Settings, present: list[socket.socket]) -> socket.socket:
     if present and present[0].type != socket.SOCK_DGRAM:
         raise StateError(f"{described(present[0])} is none of datagrams: let systemd pass as many as there are workers")
     sock = open_datagram(address, reuse_port=True, dual_stack=settings.bind is not None)
+    _grow(sock, settings)
+    return sock
+
+
+def _grow(sock: socket.socket, settings: Settings) -> None:
     if settings.receive_buffer is not None:
         grow_receive_buffer(sock, settings.receive_buffer)
-    return sock
 
 
 def _close(found: list[socket.socket]) -> None:

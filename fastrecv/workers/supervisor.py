@@ -75,8 +75,10 @@ class Supervisor:
     def kept(self) -> list[int]:
         """The capabilities that restarting and resizing take, so far as the process has them."""
         found = []
-        if self._identity.user is not None or self._identity.group is not None:
-            found += [privileges.CAP_SETUID, privileges.CAP_SETGID, privileges.CAP_KILL]
+        if self._identity.group is not None:
+            found.append(privileges.CAP_SETGID)
+        if self._identity.user is not None:  # whose processes only who may can kill
+            found += [privileges.CAP_SETUID, privileges.CAP_KILL]
         if self._slots and privileges.is_privileged_port(self._slots[0].sock.getsockname()[1]):
             found.append(privileges.CAP_NET_BIND_SERVICE)
         if (self._settings.receive_buffer or 0) > receive_buffer_limit():

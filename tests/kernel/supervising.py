@@ -95,8 +95,6 @@ def serve(sockets):
             note(sock.recv(99).decode())
         except TimeoutError:
             pass
-
-number = 3
 """
 """Does as datagrams say; with {folder}."""
 

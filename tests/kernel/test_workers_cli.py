@@ -61,9 +61,6 @@ def refused(service: Service, code: int = 1) -> str:
     ("handler", "message"),
     [
         ("absent:handle", "'absent:handle': there is no module 'absent' on the path of"),
-        ("app:absent", "'app:absent': app has no 'absent'"),
-        ("app:number", "'app:number' is int, not a function or a class"),
-        ("app", "'app' names no handler: give package.module:name"),
         ("unready:Unready", "'unready:Unready' cannot start: FileNotFoundError: [Errno 2]"),
     ],
 )

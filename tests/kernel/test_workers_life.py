@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import fastrecv
 from fastrecv.netns import Namespace
 from tests.kernel.privileges import CAP_BPF, CAP_NET_ADMIN
 from tests.kernel.supervising import ADDRESS, PORT, Service, app, namespace, say, until
@@ -23,6 +24,11 @@ import os, sys
 os.dup2(int(sys.argv[1]), 3)
 os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
 os.execv(sys.argv[2], sys.argv[2:])
+"""
+INSTALLED = f"""
+import os, sys
+os.environ["PYTHONPATH"] = {str(Path(fastrecv.__file__).parents[1])!r}
+os.execv(sys.argv[1], [sys.argv[1], "-P", *sys.argv[2:]])
 """
 POWERLESS = """
 import os, sys
@@ -52,6 +58,11 @@ def status(pid: int) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
+def lives(pid: int) -> bool:
+    """Whether a process has not ended; others may be slow to take note of it."""
+    return Path(f"/proc/{pid}").exists() and status(pid)["State"][0] != "Z"
+
+
 def test_a_worker_is_another_user_without_capabilities(folder: Path) -> None:
     with Service(folder, "app:handle", "--user", "nobody") as service:
         service.begun(1)
@@ -66,6 +77,18 @@ def test_a_worker_is_another_user_without_capabilities(folder: Path) -> None:
         service.begun(2)  # the supervisor still may
         assert status(service.pids(1)[0])["Uid"].split() == [str(NOBODY)] * 4
         assert service.stop() == 0
+
+
+def test_nothing_of_the_current_folder_is_imported_before_privileges_are_given_up(folder: Path) -> None:
+    (folder / "numpy.py").write_text(f"open({str(folder / 'intruded')!r}, 'w').close()\n")
+    with Service(
+        folder, "app:handle", "--user", "nobody", before=(sys.executable, "-c", INSTALLED), cwd=folder
+    ) as service:
+        service.begun(1)
+        say("found")
+        service.noted("found")
+        assert service.stop() == 0
+    assert not (folder / "intruded").exists()
 
 
 def test_a_handler_may_not_load_bpf_even_as_root(folder: Path) -> None:
@@ -268,7 +291,7 @@ def test_workers_do_not_outlive_a_supervisor_that_is_killed(folder: Path) -> Non
         service.begun(2)
         pids = service.pids(2)
         service.process.kill()
-        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), lambda: f"{pids} live")
+        until(lambda: not any(map(lives, pids)), lambda: f"{pids} live")
 
 
 def test_senders_of_who_is_given_up_wait_where_that_is_asked_for(folder: Path) -> None:
