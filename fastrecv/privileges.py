@@ -5,11 +5,25 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from errno import EPERM
 from pathlib import Path
 
-__all__ = ["CAP_BPF", "OtherThreadsError", "keep_only", "refuse_threads"]
+__all__ = [
+    "CAP_BPF",
+    "CAP_KILL",
+    "CAP_NET_ADMIN",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "OtherThreadsError",
+    "check_becoming",
+    "is_privileged_port",
+    "keep_only",
+    "refuse_threads",
+]
 
-CAP_BPF = 39  # include/uapi/linux/capability.h
+# include/uapi/linux/capability.h
+CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_BPF = 5, 6, 7, 10, 12, 39
 _VERSION_3 = 0x20080522  # the same
 _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4  # include/uapi/linux/prctl.h
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -26,15 +40,40 @@ def keep_only(*capabilities: int) -> None:
     threads: each has capabilities of its own. What a user may do by his id, root above all, he still may.
     """
     refuse_threads()
-    header = ctypes.create_string_buffer(struct.pack("Ii", _VERSION_3, 0))
-    before = ctypes.create_string_buffer(24)
-    _checked("capget", _libc.capget(header, before))
-    words = struct.unpack("6I", before.raw)  # (effective, permitted, inheritable), twice
-    kept = sum(1 << number for number in capabilities) & (words[1] | words[4] << 32)
+    kept = sum(1 << number for number in capabilities) & _sets()[1]
     low, high = kept & 0xFFFFFFFF, kept >> 32
+    header = _header()
     _checked("prctl", _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
     _checked("prctl", _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))  # what root executes would get all back
     _checked("capset", _libc.capset(header, ctypes.create_string_buffer(struct.pack("6I", low, low, 0, high, high, 0))))
+
+
+def check_becoming(user: int | None, group: int | None) -> None:
+    """PermissionError where the caller may not become that user and group, by setresuid(2) and setgroups(2)."""
+    wanted = 0
+    if user is not None:
+        wanted |= 1 << CAP_SETUID
+    if group is not None:
+        wanted |= 1 << CAP_SETGID
+    if wanted & ~_sets()[0]:
+        raise PermissionError(EPERM, "to become another user or group takes CAP_SETUID and CAP_SETGID: run as root")
+
+
+def is_privileged_port(port: int) -> bool:
+    """Whether to bind to it takes CAP_NET_BIND_SERVICE (ip(7), ip_unprivileged_port_start)."""
+    return port < int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
+
+
+def _header() -> ctypes.Array[ctypes.c_char]:
+    return ctypes.create_string_buffer(struct.pack("Ii", _VERSION_3, 0))
+
+
+def _sets() -> tuple[int, int]:
+    """The effective and the permitted capabilities of the calling thread."""
+    found = ctypes.create_string_buffer(24)
+    _checked("capget", _libc.capget(_header(), found))
+    words = struct.unpack("6I", found.raw)  # (effective, permitted, inheritable), twice
+    return words[0] | words[3] << 32, words[1] | words[4] << 32
 
 
 def _checked(name: str, result: int) -> None:

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable
 from errno import EADDRINUSE, EADDRNOTAVAIL, EPERM
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ __all__ = [
     "open_datagram",
     "path_of",
     "receive_buffer",
+    "receive_buffer_limit",
     "remove_path",
 ]
 
@@ -155,6 +157,17 @@ def grow_receive_buffer(sock: socket.socket, size: int) -> int:
             if receive_buffer(sock) < before:  # cut below what it was
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, before // 2)
     return receive_buffer(sock)
+
+
+def receive_buffer_limit() -> int:
+    """Bytes that anybody may ask `grow_receive_buffer` for: sysctl net.core.rmem_max.
+
+    0 where it cannot be read: older kernels show it in the first network namespace only.
+    """
+    try:
+        return int(Path("/proc/sys/net/core/rmem_max").read_text())
+    except FileNotFoundError:
+        return 0
 
 
 def drops(sock: socket.socket) -> int:

@@ -21,6 +21,7 @@ from fastrecv.cli.connect import connect
 from fastrecv.cli.doctor import MISSING, doctor
 from fastrecv.cli.listen import listen
 from fastrecv.cli.lookup import lookup
+from fastrecv.cli.run import run as run_service
 from fastrecv.cli.watch import watch
 from fastrecv.errors import NotSupported
 from fastrecv.rules import RuleSetError
@@ -55,6 +56,7 @@ fastrecv.add_command(doctor)
 fastrecv.add_command(listen)
 fastrecv.add_command(connect)
 fastrecv.add_command(watch)
+fastrecv.add_command(run_service)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

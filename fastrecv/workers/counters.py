@@ -1,0 +1,133 @@
+"""What workers count, in memory that all of them and the supervisor map: one row a slot, one writer each at a time.
+
+The writer of a row is the worker that reads the slot's socket, and the supervisor while nobody does. All words have 64
+bits and are aligned, so that nobody sees half of one, even of a writer that was killed. After a death the next worker
+counts on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import time
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrecv.receiver import Statistics
+from fastrecv.workers.settings import MAX_WORKERS
+
+__all__ = ["NAME", "ROW", "STATES", "Counters", "Row"]
+
+NAME = "fastrecv-counters"
+"""Of the memfd, as /proc/PID/fd shows it."""
+_WORDS = ("pid", "state", "heartbeat", "datagrams", "bytes", "batches", "truncated", "handled", "handler_ns", "failed",
+          "errors", "killed", "starts")  # fmt: skip
+_WIDTH = 16  # words of a row: two cache lines, so that no two writers share one
+ROW = np.dtype({
+    "names": _WORDS, "formats": ["<u8"] * len(_WORDS), "offsets": [8 * place for place in range(len(_WORDS))],
+    "itemsize": 8 * _WIDTH,
+})  # fmt: skip
+"""A row. pid : of the writer. state : a place in STATES. heartbeat : CLOCK_MONOTONIC ns of its last sign of life.
+
+datagrams, bytes, batches, truncated : received. handled : datagrams whose handler has returned, handler_ns : what that
+took. failed : datagrams of batches whose handler raised an exception, errors : how many such batches. killed :
+datagrams that were in the hands of workers that died. starts : how many workers have begun to read. Where nobody
+reads, datagrams is handled + failed + killed.
+"""
+STATES = ("idle", "reading", "stopped")
+_PID, _STATE, _HEARTBEAT, _DATAGRAMS, _BYTES, _BATCHES, _TRUNCATED, _HANDLED, _HANDLER_NS, _FAILED, _ERRORS, _KILLED, \
+    _STARTS = range(len(_WORDS))  # fmt: skip
+_LENGTH = MAX_WORKERS * ROW.itemsize
+
+
+class Counters:
+    """The rows of all slots, in a memfd; a context manager. Needs no privilege."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        """Those of a descriptor that stays the caller's, or new ones."""
+        self._own = fd is None
+        if fd is None:
+            fd = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(fd, _LENGTH)
+            # Its length is fixed for all: whoever could cut it off would kill those who look at it (SIGBUS).
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self.fd = fd
+        self._memory = mmap.mmap(fd, _LENGTH)
+
+    def row(self, slot: int) -> Row:
+        """To write the row of a slot."""
+        return Row(memoryview(self._memory).cast("Q")[slot * _WIDTH : (slot + 1) * _WIDTH])
+
+    def read(self) -> NDArray[np.void]:
+        """A copy of all rows, of dtype ROW."""
+        return np.frombuffer(bytes(self._memory), ROW)
+
+    def close(self) -> None:
+        """Let go of the memory; rows that are still held keep it mapped until they are gone."""
+        if self._own and self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Row:
+    """One slot's counters, for their writer of the moment."""
+
+    def __init__(self, words: memoryview) -> None:
+        self._words = words
+        self._before = words[_DATAGRAMS], words[_BYTES], words[_BATCHES], words[_TRUNCATED]
+
+    def begin(self, pid: int) -> None:
+        """A worker is about to read; the supervisor says so, and then the row is the worker's."""
+        words = self._words
+        words[_PID], words[_HEARTBEAT], words[_STATE] = pid, time.monotonic_ns(), STATES.index("reading")
+        words[_STARTS] += 1
+
+    def beat(self, now: int) -> None:
+        """A sign of life; now : time.monotonic_ns()."""
+        self._words[_HEARTBEAT] = now
+
+    def received(self, statistics: Statistics) -> None:
+        """What a Receiver has received since the row was opened."""
+        words, before = self._words, self._before
+        words[_DATAGRAMS] = before[0] + statistics.datagrams
+        words[_BYTES] = before[1] + statistics.bytes
+        words[_BATCHES] = before[2] + statistics.batches
+        words[_TRUNCATED] = before[3] + statistics.truncated
+
+    def handled(self, datagrams: int, nanoseconds: int) -> None:
+        """The handler has returned."""
+        self._words[_HANDLED] += datagrams
+        self._words[_HANDLER_NS] += nanoseconds
+
+    def failed(self, datagrams: int) -> None:
+        """The handler has raised an exception: so many are lost."""
+        self._words[_FAILED] += datagrams
+        self._words[_ERRORS] += 1
+
+    def stop(self) -> None:
+        self._words[_STATE] = STATES.index("stopped")
+
+    def settle(self) -> int:
+        """After a death: how many datagrams the worker had in its hands, as far as it had counted them."""
+        words = self._words
+        lost = max(0, words[_DATAGRAMS] - words[_HANDLED] - words[_FAILED] - words[_KILLED])
+        words[_KILLED] += lost
+        words[_STATE] = STATES.index("idle")
+        return lost
+
+    @property
+    def heartbeat(self) -> int:
+        """CLOCK_MONOTONIC ns."""
+        return int(self._words[_HEARTBEAT])

@@ -1,0 +1,84 @@
+"""The sockets of a service: opened here, or those that systemd has passed."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+
+from fastrecv import groups
+from fastrecv.errors import SocketRefusedError, StateError
+from fastrecv.listeners import from_systemd
+from fastrecv.sockets import grow_receive_buffer, open_datagram
+from fastrecv.steerable import described
+from fastrecv.workers.settings import Settings, parsed
+
+__all__ = ["another", "inherited", "members"]
+
+
+def inherited(environment: Mapping[str, str] = os.environ) -> list[socket.socket]:
+    """The sockets that systemd has passed, of one address; none where it has not. SocketRefusedError."""
+    found = []
+    try:
+        for name, fd in from_systemd(environment):
+            try:
+                found.append(socket.socket(fileno=fd))
+            except OSError as error:
+                raise SocketRefusedError(f"descriptor {fd} ({name}) of systemd: {error.strerror}") from None
+            os.set_inheritable(fd, False)
+            if found[-1].getsockname() != found[0].getsockname():
+                raise SocketRefusedError(
+                    f"systemd has passed {described(found[0])} and {described(found[-1])}: one service has one address"
+                )
+    except BaseException:
+        _close(found)
+        raise
+    return found
+
+
+def members(settings: Settings, passed: list[socket.socket]) -> list[socket.socket]:
+    """As many sockets as the service has workers: those passed, and as many more as it takes. StateError.
+
+    Privileged ports take CAP_NET_BIND_SERVICE. Those passed are the caller's to close where this fails.
+    """
+    if bool(passed) == (settings.bind is not None):
+        raise StateError("systemd has passed sockets: leave bind out" if passed else "no bind, and systemd passes none")
+    wanted = settings.workers or max(1, len(passed))
+    if wanted < len(passed):
+        raise StateError(f"systemd has passed {len(passed)} sockets, and each needs a worker: give as many, or none")
+    made = list(passed)
+    for sock in passed:
+        _grow(sock, settings)
+    try:
+        while len(made) < wanted:
+            made.append(another(settings, made))
+        if not passed and groups.has_others(made):
+            raise StateError(f"others have {described(made[0])} already: stop them, or bind to another port")
+    except BaseException:
+        _close(made[len(passed) :])
+        raise
+    return made
+
+
+def another(settings: Settings, present: list[socket.socket]) -> socket.socket:
+    """One more socket of the group. StateError where the first does not share its port."""
+    address = parsed(settings.bind) if settings.bind is not None else present[0].getsockname()
+    if present and not present[0].getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
+        raise StateError(
+            f"{described(present[0])} has no other socket beside it, so one worker only: set ReusePort=yes in its unit"
+        )
+    if present and present[0].type != socket.SOCK_DGRAM:
+        raise StateError(f"{described(present[0])} is none of datagrams: let systemd pass as many as there are workers")
+    sock = open_datagram(address, reuse_port=True, dual_stack=settings.bind is not None)
+    _grow(sock, settings)
+    return sock
+
+
+def _grow(sock: socket.socket, settings: Settings) -> None:
+    if settings.receive_buffer is not None:
+        grow_receive_buffer(sock, settings.receive_buffer)
+
+
+def _close(found: list[socket.socket]) -> None:
+    for sock in found:
+        sock.close()

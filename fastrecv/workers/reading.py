@@ -1,0 +1,199 @@
+"""A worker's loop: receive, handle, record; from when it is told to start until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+from fastrecv._recv import Batch
+from fastrecv.receiver import Receiver
+from fastrecv.workers.counters import Counters, Row
+from fastrecv.workers.handlers import Handler, HandlerError, called, in_one_line
+from fastrecv.workers.logs import Limited
+from fastrecv.workers.orders import Orders
+from fastrecv.workers.settings import Task
+
+__all__ = ["Reading"]
+
+_LOOK = 5_000_000  # ns between two looks at the orders while datagrams come
+
+
+class Reading:
+    """One socket, read by one handler.
+
+    run() lets the handler start, says "ready", reads when told to until told to stop, says "stopped", and lets the
+    handler stop. So start() is called while a predecessor may still read. HandlerError where it cannot begin.
+    """
+
+    def __init__(
+        self, task: Task, handler: Handler, sock: socket.socket, counters: Counters, orders: Orders, errors: Limited
+    ) -> None:  # fmt: skip
+        self._settings, self._slot, self._handler, self._sock = task.settings, task.slot, handler, sock
+        self._counters, self._orders, self._errors = counters, orders, errors
+        self._idle = min(1.0, (task.settings.timeout or 3.0) / 3)  # seconds without a datagram until a sign of life
+        self._looked = 0
+        self._row: Row
+
+    def run(self) -> None:
+        if self._handler.asynchronous:
+            asyncio.run(self._run_async())
+            return
+        with contextlib.ExitStack() as stack:
+            with self._beginning():
+                if self._handler.start is not None:
+                    self._handler.start()
+                receiver = self._receiver(stack)
+            self._orders.say("ready")
+            while self._orders.waiting:
+                self._orders.idle(None)
+            if self._take_row():
+                if receiver is not None:
+                    self._read(receiver)
+                elif self._handler.serve is not None:
+                    with _Watch(self._row, self._orders, self._idle):
+                        self._handler.serve([self._sock])
+                self._say_stopped()
+        if self._handler.stop is not None:
+            self._handler.stop()
+
+    async def _run_async(self) -> None:
+        with contextlib.ExitStack() as stack:
+            with self._beginning():
+                await called(self._handler.start)
+                receiver = self._receiver(stack)
+            self._orders.say("ready")
+            while self._orders.waiting:
+                await self._idle_async(None)
+            if self._take_row():
+                if receiver is not None:
+                    await self._read_async(receiver)
+                else:
+                    with _Watch(self._row, self._orders, self._idle):
+                        await called(self._handler.serve, [self._sock])
+                self._say_stopped()
+        await called(self._handler.stop)
+
+    @contextlib.contextmanager
+    def _beginning(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever the service's code raises
+            raise HandlerError(f"{self._settings.handler!r} cannot start: {in_one_line(error)}") from error
+
+    def _receiver(self, stack: contextlib.ExitStack) -> Receiver | None:
+        if self._handler.handle is None:
+            return None
+        return stack.enter_context(Receiver(self._sock, batch_size=self._settings.batch_size))
+
+    def _take_row(self) -> bool:
+        """Begin to count, where it may read: nobody else writes the row any more."""
+        if self._orders.started:
+            self._row = self._counters.row(self._slot)
+        return self._orders.started
+
+    def _say_stopped(self) -> None:
+        self._row.stop()
+        self._orders.say("stopped")
+
+    # Batches
+
+    def _read(self, receiver: Receiver) -> None:
+        handle = self._handler.handle
+        assert handle is not None
+        while not self._orders.stop:
+            batch, began = self._received(receiver)
+            if not len(batch):
+                if self._orders.drain:
+                    return
+                self._orders.idle(self._idle, receiver.fileno())
+                continue
+            try:
+                handle(batch)
+            except Exception:  # whatever the service's code raises
+                self._failed(batch)
+            else:
+                self._row.handled(len(batch), time.monotonic_ns() - began)
+
+    async def _read_async(self, receiver: Receiver) -> None:
+        handle = self._handler.handle
+        while not self._orders.stop:
+            batch, began = self._received(receiver)
+            if not len(batch):
+                if self._orders.drain:
+                    return
+                await self._idle_async(self._idle, receiver.fileno())
+                continue
+            try:
+                await called(handle, batch)
+            except Exception:  # whatever the service's code raises
+                self._failed(batch)
+            else:
+                self._row.handled(len(batch), time.monotonic_ns() - began)
+            await asyncio.sleep(0)  # a flood must not keep the loop from the handler's other tasks
+
+    def _received(self, receiver: Receiver) -> tuple[Batch, int]:
+        batch = receiver.recv_nowait()
+        now = time.monotonic_ns()
+        self._row.beat(now)
+        if len(batch):
+            self._row.received(receiver.statistics())
+            if now - self._looked > _LOOK:
+                self._orders.look()
+                self._looked = now
+        return batch, now
+
+    def _failed(self, batch: Batch) -> None:
+        """The exception that is being handled has cost a batch; it goes on where the settings say so."""
+        self._row.failed(len(batch))
+        if self._settings.on_error == "exit":
+            raise  # noqa: PLE0704 - the one that is being handled
+        self._errors.exception(f"the handler has lost a batch of {len(batch)} datagrams")
+
+    async def _idle_async(self, seconds: float | None, *others: int) -> None:
+        """Orders.idle on the event loop."""
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        watched = (self._orders.fileno(), *others)
+        for fd in watched:
+            loop.add_reader(fd, ready.set)
+        try:
+            await asyncio.wait_for(ready.wait(), seconds)
+        except TimeoutError:
+            pass
+        finally:
+            for fd in watched:
+                loop.remove_reader(fd)
+        self._orders.look()
+
+
+class _Watch:
+    """While the service's own loop runs: a thread that gives signs of life, and makes the order to stop a SIGTERM."""
+
+    def __init__(self, row: Row, orders: Orders, idle: float) -> None:
+        self._row, self._orders, self._idle = row, orders, idle
+        self._ended = threading.Event()
+        self._woken, self._wake = os.pipe()
+        self._thread = threading.Thread(target=self._watch, name="fastrecv-orders", daemon=True)
+
+    def _watch(self) -> None:
+        while not (self._orders.stop or self._orders.drain):
+            self._row.beat(time.monotonic_ns())
+            self._orders.idle(self._idle, self._woken)
+            if self._ended.is_set():
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def __enter__(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the loop may have an answer of its own
+        self._thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        os.close(self._wake)
+        self._thread.join()
+        os.close(self._woken)

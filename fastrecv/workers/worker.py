@@ -1,0 +1,71 @@
+"""What a fresh interpreter runs: `python -m fastrecv.workers.worker FD`, the descriptor of its end of the orders.
+
+It becomes who it shall be and gives every capability up before it imports the service's code.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+
+from fastrecv import privileges
+from fastrecv.workers import logs
+from fastrecv.workers.counters import Counters
+from fastrecv.workers.handlers import Handler, HandlerError, load
+from fastrecv.workers.orders import LONGEST, Orders
+from fastrecv.workers.reading import Reading
+from fastrecv.workers.settings import Identity, Task
+
+__all__ = ["FAILED", "main"]
+
+FAILED = 3
+"""Exit code of a worker that could not begin; it has said why."""
+
+
+def main(fd: int) -> int:
+    """Work until told to stop; the exit code."""
+    with socket.socket(fileno=fd) as sock:
+        task = msgspec.json.decode(sock.recv(LONGEST), type=Task)
+        for number in (signal.SIGINT, signal.SIGTERM):  # the supervisor says when; what is executed has its own way
+            signal.signal(number, _ignore)
+        orders = Orders(sock)
+        try:
+            become(task.identity)
+            sys.path.insert(0, str(Path.cwd()))
+            _work(task, load(task.settings.handler), orders)
+        except (HandlerError, OSError, privileges.OtherThreadsError) as error:
+            if not orders.waiting:
+                raise
+            orders.say(f"failed {error}")
+            return FAILED
+    return 0
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """The signal has woken nobody."""
+
+
+def become(identity: Identity) -> None:
+    """Become the user and the group, for good, without any capability left."""
+    if identity.group is not None:
+        os.setgroups(identity.groups)
+        os.setresgid(identity.group, identity.group, identity.group)
+    if identity.user is not None:
+        os.setresuid(identity.user, identity.user, identity.user)
+    privileges.keep_only()
+
+
+def _work(task: Task, handler: Handler, orders: Orders) -> None:
+    errors = logs.Limited(logs.opened(f"worker {task.slot} [{os.getpid()}]"))
+    with socket.socket(fileno=task.socket) as sock, Counters(task.counters) as counters:
+        Reading(task, handler, sock, counters, orders, errors).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
