@@ -179,6 +179,15 @@ class Balancer(Closing):
             if error.errno not in (EINVAL, ENOENT):
                 raise
 
+    def retire(self, slot: int, sock: socket.socket) -> None:
+        """Empty the slot of a UDP member that has no senders any more, and is to be closed: see reuseport.retire.
+
+        When this returns no packet is on its way to it: read its queue to the end, then close it.
+        """
+        reuseport.retire(sock)
+        self.unregister(slot)
+        self.maps.turn_to(self.maps.table())  # the same again, for the grace period of RCU that it waits
+
     def sockets(self) -> dict[int, int]:
         """Cookies (SO_COOKIE) of the sockets in the slots; one that was closed is gone."""
         return reuseport.in_slots(self.maps["slots"])
@@ -247,7 +256,8 @@ class Balancer(Closing):
     def drain(self, slot: int) -> int:
         """Give the slot's senders to the others, by weight; gives how many buckets move. Its socket stays registered.
 
-        Read its queue to the end before it is unregistered and closed.
+        Read its queue to the end before it is unregistered and closed; `retire` it before, where it is your own. That
+        prefixes are placed in it is not looked at.
         """
         return self.weigh(self.without(slot))
 

@@ -31,6 +31,7 @@ from fastrecv.modulo import Modulo
 from fastrecv.netns import Namespace
 from fastrecv.policies import Policy
 from fastrecv.receiver import Receiver
+from fastrecv.reuseport import retire
 from fastrecv.sockets import grow_receive_buffer, open_datagram
 
 __all__ = ["METHODS", "SIZES", "Account", "Step", "command", "described", "measure"]
@@ -38,6 +39,7 @@ __all__ = ["METHODS", "SIZES", "Account", "Step", "command", "described", "measu
 SIZES = (4, 5, 3)
 _ADDRESS, _PORT = "127.0.0.1", 2055
 _PATIENCE = 2.0  # seconds
+_GRACE = 0.1  # seconds; one of RCU takes some 10 ms
 _BACKLOG = 1000  # net.core.netdev_max_backlog, as the kernel has it
 _BUFFER = 64 << 20  # bytes: nothing is to be lost for want of room
 
@@ -82,7 +84,7 @@ class _Group(Protocol):
 
     def attach(self, sock: socket.socket) -> None: ...
     def register(self, slot: int, sock: socket.socket) -> None: ...
-    def unregister(self, slot: int) -> None: ...
+    def retire(self, slot: int, sock: socket.socket) -> None: ...
     def resize(self, size: int) -> object: ...
 
 
@@ -156,8 +158,8 @@ def measure(method: Method, senders: int, seconds: float, on_step: Callable[[str
                 group.resize(after)
             for slot in range(after, before):
                 ended.append(members.pop(slot))
+                group.retire(slot, ended[-1].sock)
                 ended[-1].end()
-                group.unregister(slot)
             lasted = time.monotonic() - changed
             phases.append(owners())
             moved = int(np.count_nonzero(phases[-1] != phases[-2]))
@@ -202,8 +204,11 @@ class _Udp:
         self._modulo = modulo
         self.attach, self.register, self.resize = modulo.attach, modulo.register, modulo.resize
 
-    def unregister(self, slot: int) -> None:
+    def retire(self, slot: int, sock: socket.socket) -> None:
+        """As Balancer.retire does; without a map of maps a grace period is waited for by its length."""
+        retire(sock)
         self._modulo.unregister(slot, "udp")
+        time.sleep(_GRACE)
 
 
 def _account(

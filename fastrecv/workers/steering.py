@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from errno import EPERM
 
-from fastrecv import reuseport, sockets
+from fastrecv import reuseport
 from fastrecv.balance import Balancer
 from fastrecv.classic import Filter
 from fastrecv.errors import BpfError, SocketRefusedError
@@ -17,6 +17,7 @@ from fastrecv.policies import Policy
 __all__ = ["Steering"]
 
 _FREED = 5.0  # seconds
+_GRACE = 0.1  # seconds: a grace period of RCU takes some 10 ms
 
 
 class Steering:
@@ -64,15 +65,12 @@ class Steering:
         return True
 
     def leave(self, slot: int, member: socket.socket) -> None:
-        """Before the queue of a member, the last of all, is read to its end: no packet comes to it any more."""
-        if self._by is None:
-            sockets.drop_everything(member)
-            self._log.warning("until its queue is read, what the kernel's hash gives worker %d is dropped", slot)
-
-    def part(self, slot: int) -> None:
-        """The queue has been read, and the member is about to be closed."""
+        """Before the queue of a member of ours is read to its end: no packet comes to it when this returns."""
         if isinstance(self._by, Balancer):
-            self._by.unregister(slot)
+            self._by.retire(slot, member)
+        else:
+            reuseport.retire(member)
+            time.sleep(_GRACE)
 
     def close(self) -> None:
         if self._kept is not None and self._by is not None:

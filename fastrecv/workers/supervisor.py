@@ -247,7 +247,8 @@ class Supervisor:
                 self._wanted = len(self._slots)
                 return
             self._share(last)  # before its queue is read to its end
-            self._steering.leave(last.number, last.sock)
+            if last.own:
+                self._steering.leave(last.number, last.sock)
             last.leave()
 
     def _add(self) -> None:
@@ -265,7 +266,6 @@ class Supervisor:
         slot.begin()
 
     def _remove(self, slot: Slot) -> None:
-        self._steering.part(slot.number)
         slot.sock.close()
         self._slots.remove(slot)
         said = self._log.info if slot.drained else self._log.error

@@ -62,7 +62,7 @@ def test_the_source_takes_no_address_from_anybody() -> None:
              for option in parameter.opts}  # fmt: skip
     assert names == {
         "--flood", "--mode", "--program", "--entries", "--seconds", "--no-profile", "--sources", "--seed", "--cpu",
-        "--json", "--report", "--plot", "first", "second", "file", "--group", "--rounds", "--datagrams",
+        "--json", "--report", "--plot", "first", "second", "file", "--group", "--rounds", "--datagrams", "--senders",
     }  # fmt: skip
 
 

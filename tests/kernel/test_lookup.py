@@ -191,7 +191,7 @@ def abroad(stage: Stage) -> socket.socket:
         (connected, r"udp 198.51.100.2 port \d+ is connected"),
         (established, "tcp 198.51.100.2 port 7007 is connected"),
         (local, "a socket of family AF_UNIX: packets are steered to IPv4 and IPv6 sockets only"),
-        (multipath, "is an MPTCP listener, which BPF maps do not take: open it as plain TCP"),
+        (multipath, "is an MPTCP listener, which takes no program and no place in a BPF map: open it as plain TCP"),
         (abroad, "udp 127.0.0.1 port 9000 lives in another network namespace: see --netns"),
     ],
 )  # fmt: skip

@@ -21,7 +21,7 @@ from fastrecv import modulo
 from fastrecv.bpf import Map, Object, compiled
 from fastrecv.errors import StateError
 from fastrecv.modulo import Modulo, write_object
-from tests.kernel.privileges import CAP_BPF, only
+from tests.kernel.privileges import CAP_BPF, as_user, only
 from tests.kernel.senders import join, serve
 from tests.kernel.steering import UDP, Stage
 
@@ -91,19 +91,19 @@ def test_maps_of_another_layout_are_refused_and_left(root: Path) -> None:
 def as_nobody(root: Path) -> str:
     """What opening a root comes to in a process of another user."""
     read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
+
+    def open_it() -> int:
         try:
-            os.setgroups([])
-            os.setresgid(65534, 65534, 65534)
-            os.setresuid(65534, 65534, 65534)
             Modulo(root).close()
         except OSError as error:
             os.write(write, str(error).encode())
-        finally:
-            os._exit(0)
-    os.close(write)
+        return 0
+
     with os.fdopen(read, "rb") as pipe:
+        try:
+            child = as_user(65534, 65534, open_it)
+        finally:
+            os.close(write)
         said = pipe.read().decode()
     os.waitpid(child, 0)
     return said
