@@ -34,7 +34,7 @@ from fastrecv.receiver import Receiver
 from fastrecv.reuseport import retire
 from fastrecv.sockets import grow_receive_buffer, open_datagram
 
-__all__ = ["METHODS", "SIZES", "Account", "Step", "command", "described", "measure"]
+__all__ = ["METHODS", "SIZES", "Account", "Member", "Step", "command", "described", "measure", "settle"]
 
 SIZES = (4, 5, 3)
 _ADDRESS, _PORT = "127.0.0.1", 2055
@@ -88,7 +88,7 @@ class _Group(Protocol):
     def resize(self, size: int) -> object: ...
 
 
-class _Member:
+class Member:
     """A socket of the group, its reader, and all it has received."""
 
     def __init__(self, slot: int) -> None:
@@ -121,7 +121,7 @@ class _Member:
         return np.concatenate([np.zeros(0, NUMBERED), *self._rows])
 
 
-def _end(members: dict[int, _Member]) -> None:
+def _end(members: dict[int, Member]) -> None:
     for member in members.values():
         member.end()
 
@@ -137,8 +137,8 @@ def measure(method: Method, senders: int, seconds: float, on_step: Callable[[str
         with IPRoute() as net:
             net.link("set", index=1, state="up")
         group, owners = stack.enter_context(_balanced(method, senders))
-        members = {slot: _Member(slot) for slot in range(SIZES[0])}
-        ended: list[_Member] = []
+        members = {slot: Member(slot) for slot in range(SIZES[0])}
+        ended: list[Member] = []
         stack.callback(_end, members)
         group.attach(members[0].sock)
         for slot, member in members.items():
@@ -152,7 +152,7 @@ def measure(method: Method, senders: int, seconds: float, on_step: Callable[[str
             on_step(f"{method}: {before} to {after}")
             changed = time.monotonic()
             for slot in range(before, after):  # they have a socket before they have senders
-                members[slot] = _Member(slot)
+                members[slot] = Member(slot)
                 group.register(slot, members[slot].sock)
             with source.change():
                 group.resize(after)
@@ -168,14 +168,14 @@ def measure(method: Method, senders: int, seconds: float, on_step: Callable[[str
             time.sleep(seconds)
         sent = source.stop()
         lasted = time.monotonic() - began
-        _settle(namespace, sent)
+        settle(namespace, sent)
         for member in list(members.values()):
             ended.append(members.pop(member.slot))
             member.end()
         return _account(method, senders, lasted, sent, ended, phases, steps, udp_counters(namespace))
 
 
-def _settle(namespace: Namespace, sent: int) -> None:
+def settle(namespace: Namespace, sent: int) -> None:
     """Wait until the kernel has counted every datagram as received or dropped: it may have kept some for later."""
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
@@ -212,7 +212,7 @@ class _Udp:
 
 
 def _account(
-    method: Method, senders: int, seconds: float, sent: int, members: list[_Member], phases: list[Owners],
+    method: Method, senders: int, seconds: float, sent: int, members: list[Member], phases: list[Owners],
     steps: list[Step], counters: dict[str, int],
 ) -> Account:  # fmt: skip
     rows = np.concatenate([member.rows() for member in members])

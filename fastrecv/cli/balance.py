@@ -269,9 +269,9 @@ def resize(name: str, size: int, bpffs: Path) -> None:
     """Let slots 0 to SIZE - 1 share the senders. Slots above drain: their sockets stay registered, to be read empty."""
     with balance_life.opened(name, bpffs=bpffs) as balancer:
         _refuse_placed(balancer, {slot for slot in balancer.weights if slot >= size})
-        before, moved = balancer.size, _weigh(balancer, balancer.of_size(size))
-        balancer.resize(size)
-        click.echo(f"{before} slots before, {size} now, {_moved(moved)}")
+        _refuse_to_drop(balancer, balancer.of_size(size))
+        before = balancer.size
+        click.echo(f"{before} slots before, {size} now, {_moved(balancer.resize(size))}")
 
 
 def _refuse_placed(balancer: Balancer, drained: set[int]) -> None:

@@ -34,7 +34,7 @@ def test_every_datagram_is_accounted_for_and_as_few_senders_move_as_can() -> Non
 
 
 def test_a_member_that_is_closed_unread_shows_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    def end(member: resize._Member) -> None:
+    def end(member: resize.Member) -> None:
         """Stop reading, let the queue fill, and close."""
         member._ending.set()
         member._thread.join()
@@ -42,14 +42,14 @@ def test_a_member_that_is_closed_unread_shows_as_lost(monkeypatch: pytest.Monkey
             assert member.sock.recv(99)
         member.sock.close()
 
-    def read(member: resize._Member, original: Callable[[resize._Member], None] = resize._Member._read) -> None:
+    def read(member: resize.Member, original: Callable[[resize.Member], None] = resize.Member._read) -> None:
         if member.slot == 4:
             member._ending.wait()
             return
         original(member)
 
-    monkeypatch.setattr(resize._Member, "_read", read)
-    monkeypatch.setattr(resize._Member, "end", end)
+    monkeypatch.setattr(resize.Member, "_read", read)
+    monkeypatch.setattr(resize.Member, "end", end)
     account = run()
     assert account.destroyed > 0
     assert account.misdirected == 0

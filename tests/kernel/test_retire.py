@@ -12,7 +12,7 @@ from pyroute2 import IPRoute
 from fastrecv import groups
 from fastrecv.balance import Balancer
 from fastrecv.bench.numbered import NumberedSource, udp_counters
-from fastrecv.bench.resize import _Member, _settle
+from fastrecv.bench.resize import Member, settle
 from fastrecv.netns import Namespace
 from fastrecv.policies import Policy
 from fastrecv.reuseport import retire
@@ -30,7 +30,7 @@ def lost(seconds: float, retired: bool) -> tuple[int, int]:
         with IPRoute() as net:
             net.link("set", index=1, state="up")
         balancer = stack.enter_context(Balancer(Policy("source"), size=2))
-        members = [_Member(slot) for slot in range(2)]
+        members = [Member(slot) for slot in range(2)]
         for member in members:
             stack.callback(member.sock.close)
         for slot, member in enumerate(members):
@@ -39,7 +39,7 @@ def lost(seconds: float, retired: bool) -> tuple[int, int]:
         source = stack.enter_context(NumberedSource(namespace, 2000, "127.0.0.1", 2055))
         deadline, received, closed = time.monotonic() + seconds, 0, 0
         while time.monotonic() < deadline:
-            guest = _Member(2)
+            guest = Member(2)
             balancer.register(2, guest.sock)
             balancer.resize(3)
             balancer.resize(2)
@@ -49,7 +49,7 @@ def lost(seconds: float, retired: bool) -> tuple[int, int]:
             received += len(guest.rows())
             closed += 1
         sent = source.stop()
-        _settle(namespace, sent)
+        settle(namespace, sent)
         for member in members:
             member.end()
             received += len(member.rows())
