@@ -1,0 +1,216 @@
+"""The workers of a service as they are wanted: one more or less, new ones in the place of old ones, none."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+
+from fastrecv.errors import StateError
+from fastrecv.sockets import drop_everything
+from fastrecv.workers import opening
+from fastrecv.workers.counters import Counters
+from fastrecv.workers.process import Process, ending
+from fastrecv.workers.settings import MAX_WORKERS, Settings, Task
+from fastrecv.workers.slots import Slot
+from fastrecv.workers.steering import Steering
+
+__all__ = ["Fleet"]
+
+
+class Fleet:
+    """Slots 0 to n - 1, their processes, and who has senders.
+
+    task : what the worker of a slot is told first. wanted : how many workers there shall be. begun : all have read at
+    some time. stopping : all are leaving.
+    """
+
+    def __init__(
+        self, settings: Settings, steering: Steering, counters: Counters, log: logging.Logger,
+        task: Callable[[Slot], Task],
+    ) -> None:  # fmt: skip
+        self._settings, self._steering, self._counters, self._log, self._task = settings, steering, counters, log, task
+        self.slots: list[Slot] = []
+        self.wanted = 0
+        self.begun = self.stopping = False
+        self._rolling: deque[Slot] = deque()
+        self._rolled: Process | None = None
+        self._sharing: set[int] = set()
+
+    def begin(self, members: list[socket.socket], passed: list[socket.socket]) -> None:
+        """Start a worker for each of the sockets, which all have senders. passed : those that are another's."""
+        self.slots = [self._slot(number, sock, sock not in passed) for number, sock in enumerate(members)]
+        self.wanted = len(members)
+        self._sharing = set(range(len(members)))
+        for slot in self.slots:
+            slot.begin()
+
+    def _slot(self, number: int, sock: socket.socket, own: bool) -> Slot:
+        row = self._counters.row(number)
+        return Slot(number, sock, own, row, self._spawn, self._log, self._settings.graceful_timeout)
+
+    def _spawn(self, slot: Slot) -> Process:
+        return Process(self._task(slot))
+
+    # What is asked for
+
+    def restart(self) -> None:
+        """New workers in the place of all, one after the other."""
+        self._rolling.extend(slot for slot in self.slots if slot not in self._rolling)
+
+    @property
+    def restarting(self) -> int:
+        """How many are still to be restarted."""
+        return len(self._rolling)
+
+    def scale(self, workers: int) -> None:
+        """So many workers, within what can be; one change after the other."""
+        self.wanted = min(max(workers, 1), MAX_WORKERS)
+
+    def stop(self) -> None:
+        """Stop the flow, then let every queue be read to its end."""
+        self.stopping = True
+        self._rolling.clear()
+        for slot in self.slots:
+            if slot.own:
+                drop_everything(slot.sock)
+        for slot in self.slots:
+            slot.leave()
+
+    # How it stands
+
+    @property
+    def stopped(self) -> bool:
+        return all(slot.finished for slot in self.slots)
+
+    @property
+    def given_up(self) -> bool:
+        return all(slot.given_up for slot in self.slots)
+
+    @property
+    def unread(self) -> list[int]:
+        """Slots whose queues end with this process, and have not been read to their end."""
+        return [slot.number for slot in self.slots if slot.own and not slot.drained]
+
+    # What happens
+
+    def watched(self) -> dict[int, tuple[Slot, Process]]:
+        """Descriptors to poll, and what to hand to `heard` then."""
+        return {fd: (slot, process) for slot in self.slots for process in slot.processes for fd in process.descriptors}
+
+    def heard(self, slot: Slot, process: Process) -> None:
+        """The process has said something, or has ended. StateError where the service cannot begin."""
+        slot.heard(process)
+        if process.ended:
+            slot.ended(process)
+            if not self.begun and process.failure is not None:
+                raise StateError(process.failure)
+
+    def kill(self) -> None:
+        """At once, and wait until all have ended."""
+        processes = [process for slot in self.slots for process in slot.processes]
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.reap()
+        for slot in self.slots:
+            slot.row.settle()
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        self.kill()
+        for slot in self.slots:
+            slot.sock.close()
+
+    def act(self) -> None:
+        """Do what the time has come for."""
+        now = time.monotonic()
+        for slot in self.slots:
+            slot.act(now, self._settings.timeout)
+        self.begun = self.begun or all(slot.reader is not None for slot in self.slots)
+        if not self.stopping:
+            self._roll()
+            self._resize()
+            self._share()
+
+    def _roll(self) -> None:
+        """The rolling restart: the first of those who are left, until its successor reads."""
+        while self._rolling and (self._rolling[0].leaving or self._rolling[0] not in self.slots):
+            self._rolling.popleft()
+            self._rolled = None
+        if not self._rolling:
+            return
+        slot = self._rolling[0]
+        if self._rolled is None:
+            if slot.successor is None:  # else it was started before, perhaps with code of before
+                slot.begin()
+                self._rolled = slot.successor
+        elif slot.reader is self._rolled:
+            self._rolling.popleft()
+            self._rolled = None
+            if not self._rolling:
+                self._log.info("all workers are new")
+        elif self._rolled.state == "dead":
+            why = self._rolled.failure or ending(self._rolled.status)
+            self._log.error("no more workers are restarted, the others stay: the new worker %d: %s", slot.number, why)
+            self._rolling.clear()
+            self._rolled = None
+
+    def _resize(self) -> None:
+        """One worker more or less, where that is wanted, one change at a time."""
+        last = self.slots[-1]
+        if last.leaving:
+            if last.finished:
+                self._remove(last)
+        elif len(self.slots) < self.wanted and not last.new:
+            self._add()
+        elif len(self.slots) > self.wanted:
+            if not self._sharers(last):
+                self._log.error("worker %d stays: nobody else could take its senders", last.number)
+                self.wanted = len(self.slots)
+                return
+            self._share(last)  # before its queue is read to its end
+            if last.own:
+                self._steering.leave(last.number, last.sock)
+            last.leave()
+
+    def _add(self) -> None:
+        """A socket, which has a slot and a worker before it has senders."""
+        try:
+            sock = opening.another(self._settings, [slot.sock for slot in self.slots])
+        except OSError as error:
+            self._log.error("no worker more: %s", error.strerror or error)
+            self.wanted = len(self.slots)
+            return
+        slot = self._slot(len(self.slots), sock, True)
+        slot.new = True
+        self.slots.append(slot)
+        self._steering.join(slot.number, sock)
+        slot.begin()
+
+    def _remove(self, slot: Slot) -> None:
+        slot.sock.close()
+        self.slots.remove(slot)
+        said = self._log.info if slot.drained else self._log.error
+        said("worker %d has left%s", slot.number, "" if slot.drained else ", with its queue unread")
+
+    def _sharers(self, but: Slot | None = None) -> set[int]:
+        """The slots that are to have senders. but : this one is not."""
+        moving = self._settings.given_up == "move"
+        return {
+            slot.number for slot in self.slots
+            if not (slot is but or slot.leaving or slot.new or (slot.given_up and moving))
+        }  # fmt: skip
+
+    def _share(self, but: Slot | None = None) -> None:
+        """Let those have senders who are to have them, where it is not so; an only one keeps what nobody else takes."""
+        wanted = self._sharers(but)
+        if not wanted or wanted == self._sharing:
+            return
+        self._sharing = wanted
+        if self._steering.share(wanted, self.slots[0].sock):
+            self._log.info("workers %s share the senders", ", ".join(map(str, sorted(wanted))))
+        else:
+            self._log.warning("without a balancer no senders move: those of workers that were given up wait")
