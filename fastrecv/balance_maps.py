@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -63,12 +64,8 @@ class Maps(Closing):
         """Open what `pin` has pinned. Read permission on the pins is enough to read."""
         opened = cls()
         try:
-            with bpf.packaged("balance") as layout:
-                dtypes = {name: (layout.maps[name].key_dtype, layout.maps[name].value_dtype) for name in _NAMES}
-            numbers = np.dtype(np.uint32), np.dtype(np.uint32)
-            dtypes |= dict.fromkeys(("tables", *_TABLES), numbers)
-            for name in (*_NAMES, *_TABLES):
-                found = Map.open(directory / name, *dtypes[name], read_only=read_only)
+            for name, dtypes in _dtypes().items():
+                found = Map.open(directory / name, *dtypes, read_only=read_only)
                 opened._maps[name] = opened._held.enter_context(found)
             opened.program = opened._held.enter_context(Program.open(directory / "program", read_only=read_only))
         except ValueError as error:
@@ -78,6 +75,23 @@ class Maps(Closing):
             opened.close()
             raise
         return opened
+
+    @classmethod
+    def inherit(cls, descriptors: Mapping[str, int]) -> Self:
+        """Those of `descriptors`, which are its own from now on."""
+        found = cls()
+        try:
+            for name, dtypes in _dtypes().items():
+                found._maps[name] = found._held.enter_context(Map.inherited(descriptors[name], *dtypes))
+            found.program = found._held.enter_context(Program.inherited(descriptors["program"]))
+        except BaseException:
+            found.close()
+            raise
+        return found
+
+    def descriptors(self) -> dict[str, int]:
+        """Of all of it, by name; they stay its own."""
+        return {name: found.fileno() for name, found in self._maps.items()} | {"program": self.program.fileno()}
 
     def pin(self, directory: Path) -> None:
         """Pin all of it. CAP_BPF."""
@@ -111,3 +125,11 @@ class Maps(Closing):
         number = int(np.atleast_1d(outer[0]).view(np.uint32)[0])
         (found,) = (self._maps[name] for name in _TABLES if self._maps[name].id == number)
         return found
+
+
+def _dtypes() -> dict[str, tuple[np.dtype[Any], np.dtype[Any]]]:
+    """Of keys and values of all maps."""
+    with bpf.packaged("balance") as layout:
+        found = {name: (layout.maps[name].key_dtype, layout.maps[name].value_dtype) for name in _NAMES}
+    numbers = np.dtype(np.uint32), np.dtype(np.uint32)
+    return found | dict.fromkeys(("tables", *_TABLES), numbers)

@@ -17,6 +17,7 @@ __all__ = [
     "CAP_SETUID",
     "OtherThreadsError",
     "check_becoming",
+    "hand_on",
     "is_privileged_port",
     "keep_only",
     "refuse_threads",
@@ -25,7 +26,8 @@ __all__ = [
 # include/uapi/linux/capability.h
 CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_BPF = 5, 6, 7, 10, 12, 39
 _VERSION_3 = 0x20080522  # the same
-_PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4  # include/uapi/linux/prctl.h
+# include/uapi/linux/prctl.h
+_PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 2, 4
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -42,10 +44,22 @@ def keep_only(*capabilities: int) -> None:
     refuse_threads()
     kept = sum(1 << number for number in capabilities) & _sets()[1]
     low, high = kept & 0xFFFFFFFF, kept >> 32
-    header = _header()
     _checked("prctl", _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
     _checked("prctl", _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))  # what root executes would get all back
-    _checked("capset", _libc.capset(header, ctypes.create_string_buffer(struct.pack("6I", low, low, 0, high, high, 0))))
+    _set(low, low, 0, high, high, 0)
+
+
+def hand_on() -> None:
+    """Let the program that the caller executes next have the capabilities that it has; root has them anyway.
+
+    Those that file capabilities or no_new_privs would take away stay as ambient ones (capabilities(7)).
+    """
+    permitted = _sets()[1]
+    low, high = permitted & 0xFFFFFFFF, permitted >> 32
+    _set(low, low, low, high, high, high)
+    for number in range(64):
+        if permitted >> number & 1:
+            _checked("prctl", _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, number, 0, 0))
 
 
 def check_becoming(user: int | None, group: int | None) -> None:
@@ -66,6 +80,11 @@ def is_privileged_port(port: int) -> bool:
 
 def _header() -> ctypes.Array[ctypes.c_char]:
     return ctypes.create_string_buffer(struct.pack("Ii", _VERSION_3, 0))
+
+
+def _set(*words: int) -> None:
+    """capset(2) of effective, permitted and inheritable capabilities, the low words first."""
+    _checked("capset", _libc.capset(_header(), ctypes.create_string_buffer(struct.pack("6I", *words))))
 
 
 def _sets() -> tuple[int, int]:

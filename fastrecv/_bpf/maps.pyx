@@ -45,7 +45,7 @@ from libc.string cimport memset
 
 
 cdef class Map(Descriptor):
-    """A BPF map: of an Object (its descriptor belongs to the object), or `Map.open` of a pin.
+    """A BPF map: of an Object (its descriptor belongs to the object), `Map.open` of a pin, or `Map.inherited`.
 
     key_dtype, value_dtype : numpy dtypes, from BTF where there is any, else opaque bytes; an array is the one field
     "value" of a struct, and so is a scalar that the kernel pads. A per-CPU map takes and gives
@@ -81,13 +81,18 @@ cdef class Map(Descriptor):
 
         read_only : needs no more than read permission on the pin.
         """
+        return Map.inherited(open_pin(path, read_only), key_dtype, value_dtype)
+
+    @staticmethod
+    def inherited(int fd, key_dtype=None, value_dtype=None):
+        """The map of a descriptor, which is its own from now on, its layouts as given (the sizes are checked)."""
         cdef bpf_map_info info
         cdef uint32_t size = sizeof(info)
         cdef Map map = Map.__new__(Map)
         memset(&info, 0, sizeof(info))
-        map.fd = open_pin(path, read_only)
+        map.fd = fd
         try:
-            check(bpf_obj_get_info_by_fd(map.fd, &info, &size), f"reading about the map at {os.fsdecode(path)}")
+            check(bpf_obj_get_info_by_fd(map.fd, &info, &size), f"reading about the map of descriptor {fd}")
             map._name = info.name.decode("utf-8", "replace")
             map.describe(
                 info.type, info.max_entries, key_dtype, info.key_size, value_dtype, info.value_size)

@@ -227,8 +227,13 @@ cdef class Program(Descriptor):
     @staticmethod
     def open(path, *, bint read_only=False):
         """The program pinned at `path`. read_only : needs no more than read permission on the pin."""
+        return Program.inherited(open_pin(path, read_only))
+
+    @staticmethod
+    def inherited(int fd):
+        """The program of a descriptor, which is its own from now on."""
         cdef Program program = Program.__new__(Program)
-        program.fd = open_pin(path, read_only)
+        program.fd = fd
         return program
 
     cdef int alive(self) except -1:

@@ -8,16 +8,30 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
+
 from fastrecv.errors import StateError
 from fastrecv.sockets import drop_everything
-from fastrecv.workers import opening
+from fastrecv.workers import opening, slots
 from fastrecv.workers.counters import Counters
 from fastrecv.workers.process import Process, ending
 from fastrecv.workers.settings import MAX_WORKERS, Settings, Task
 from fastrecv.workers.slots import Slot
 from fastrecv.workers.steering import Steering
 
-__all__ = ["Fleet"]
+__all__ = ["Fleet", "Record"]
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What the next supervisor of the same process id must know. rolling : numbers of slots; rolled : a process."""
+
+    slots: list[slots.Record]
+    wanted: int
+    begun: bool
+    stopping: bool
+    rolling: list[int]
+    rolled: int | None
+    sharing: set[int]
 
 
 class Fleet:
@@ -39,20 +53,40 @@ class Fleet:
         self._rolled: Process | None = None
         self._sharing: set[int] = set()
 
-    def begin(self, members: list[socket.socket], passed: list[socket.socket]) -> None:
-        """Start a worker for each of the sockets, which all have senders. passed : those that are another's."""
+    def hold(self, members: list[socket.socket], passed: list[socket.socket]) -> None:
+        """Take the sockets, which all have senders. passed : those that are another's."""
         self.slots = [self._slot(number, sock, sock not in passed) for number, sock in enumerate(members)]
         self.wanted = len(members)
         self._sharing = set(range(len(members)))
+
+    def begin(self) -> None:
+        """Start a worker for each."""
         for slot in self.slots:
             slot.begin()
+
+    def resume(self, record: Record, members: list[socket.socket]) -> None:
+        """Be as another was before this program was executed. members : the slots' sockets."""
+        for one, sock in zip(record.slots, members, strict=True):
+            slot = self._slot(one.number, sock, one.own)
+            slot.resume(one)
+            self.slots.append(slot)
+        self.wanted, self.begun, self.stopping = record.wanted, record.begun, record.stopping
+        self._rolling.extend(slot for number in record.rolling for slot in self.slots if slot.number == number)
+        self._rolled = next((one for slot in self.slots for one in slot.processes if one.pid == record.rolled), None)
+        self._sharing = set(record.sharing)
+
+    def record(self) -> Record:
+        return Record(
+            [slot.record() for slot in self.slots], self.wanted, self.begun, self.stopping,
+            [slot.number for slot in self._rolling], None if self._rolled is None else self._rolled.pid, self._sharing,
+        )  # fmt: skip
 
     def _slot(self, number: int, sock: socket.socket, own: bool) -> Slot:
         row = self._counters.row(number)
         return Slot(number, sock, own, row, self._spawn, self._log, self._settings.graceful_timeout)
 
     def _spawn(self, slot: Slot) -> Process:
-        return Process(self._task(slot))
+        return Process.begin(self._task(slot))
 
     # What is asked for
 

@@ -3,13 +3,14 @@
 The supervisor's first message is the worker's Task. The worker says "ready" when its handler has been imported and
 started, or "failed" and why; then it waits for "start" before it reads its socket. "stop" lets it finish its batch,
 "drain" read the queue to its end first; having read for the last time it says "stopped". A supervisor that is gone
-means "stop".
+means "drain" where nobody else has the queue, else "stop".
 """
 
 from __future__ import annotations
 
 import select
 import socket
+from collections.abc import Callable
 
 __all__ = ["LONGEST", "Orders"]
 
@@ -17,10 +18,10 @@ LONGEST = 1 << 16  # bytes of a message
 
 
 class Orders:
-    """The worker's end."""
+    """The worker's end. forsaken : called when the supervisor has gone; whether that means "drain", or "stop"."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, sock: socket.socket, forsaken: Callable[[], bool]) -> None:
+        self._sock, self._forsaken = sock, forsaken
         self.started = self.stop = self.drain = self._alone = False
 
     @property
@@ -35,7 +36,14 @@ class Orders:
         try:
             self._sock.send(word.encode()[: LONGEST - 1])
         except (BrokenPipeError, ConnectionResetError):
-            self.stop = self._alone = True
+            self._be_alone()
+
+    def _be_alone(self) -> None:
+        if not self._alone:
+            self._alone = True
+            draining = self.started and self._forsaken()
+            self.drain |= draining
+            self.stop |= not draining
 
     def look(self) -> None:
         """Take what has been said meanwhile."""
@@ -46,9 +54,10 @@ class Orders:
                 return
             except ConnectionResetError:
                 word = b""
-            self._alone = not word
+            if not word:
+                self._be_alone()
             self.started |= word == b"start"
-            self.stop |= word in (b"", b"stop")
+            self.stop |= word == b"stop"
             self.drain |= word == b"drain"
 
     def idle(self, seconds: float | None, *others: int) -> None:

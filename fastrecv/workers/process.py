@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -18,12 +17,26 @@ import fastrecv
 from fastrecv.workers.orders import LONGEST
 from fastrecv.workers.settings import Task
 
-__all__ = ["ALONE", "Process", "State", "ending"]
+__all__ = ["ALONE", "Process", "Record", "State", "ending", "executed", "exit_status"]
 
 ALONE = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """Environment of workers: threads of numpy's linear algebra would be there before capabilities are given up."""
 
 State = Literal["starting", "ready", "reading", "stopped", "dead"]
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What the next supervisor of the same process id must know of a worker. pidfd, orders : descriptors."""
+
+    pid: int
+    pidfd: int
+    orders: int
+    state: State
+    told: Literal["stop", "drain"] | None
+    deadline: float | None
+    began: float
+    read_since: float | None
+    failure: str | None
 
 
 class Process:
@@ -33,7 +46,8 @@ class Process:
     time.monotonic() when it was started, when it began to read, and when it is to be killed.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, pid: int, pidfd: int, orders: socket.socket) -> None:
+        self.pid, self.pidfd = pid, pidfd
         self.state: State = "starting"
         self.failure: str | None = None
         self.deadline: float | None = None
@@ -41,25 +55,39 @@ class Process:
         self.began = time.monotonic()
         self.read_since: float | None = None
         self._silent = False
-        self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            with theirs:
-                theirs_fd = theirs.fileno()
-                self._popen = subprocess.Popen(  # noqa: S603 - ourselves
-                    [sys.executable, *_safe(), "-m", "fastrecv.workers.worker", str(theirs_fd)],
-                    pass_fds=[theirs_fd, task.counters, task.socket], stdin=subprocess.DEVNULL, env=os.environ | ALONE,
-                    start_new_session=True,  # Ctrl-C is for the supervisor
-                )  # fmt: skip
-            self.pidfd = os.pidfd_open(self._popen.pid)
-            self._orders.setblocking(False)
-            self._say(msgspec.json.encode(task))
-        except BaseException:
-            self._orders.close()
-            raise
+        self._status: int | None = None
+        self._orders = orders
+        orders.setblocking(False)
 
-    @property
-    def pid(self) -> int:
-        return self._popen.pid
+    @classmethod
+    def begin(cls, task: Task) -> Process:
+        """Execute an interpreter for a task."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            words = [sys.executable, *_safe(), "-m", "fastrecv.workers.worker", str(theirs.fileno())]
+            kept = (theirs.fileno(), task.counters, task.socket)
+            try:
+                pid = executed(words, kept, os.environ | ALONE, devnull=True)
+            except BaseException:
+                ours.close()
+                raise
+        process = cls(pid, os.pidfd_open(pid), ours)
+        process._say(msgspec.json.encode(task))
+        return process
+
+    @classmethod
+    def resume(cls, record: Record) -> Process:
+        """One that was begun before this program was executed."""
+        process = cls(record.pid, record.pidfd, socket.socket(fileno=record.orders))
+        process.state, process.told, process.failure = record.state, record.told, record.failure
+        process.deadline, process.began, process.read_since = record.deadline, record.began, record.read_since
+        return process
+
+    def record(self) -> Record:
+        return Record(
+            self.pid, self.pidfd, self._orders.fileno(), self.state, self.told, self.deadline, self.began,
+            self.read_since, self.failure,
+        )  # fmt: skip
 
     @property
     def descriptors(self) -> Iterable[int]:
@@ -115,8 +143,16 @@ class Process:
     @property
     def ended(self) -> bool:
         """Whether it has; its descriptors are closed then."""
-        if self.state != "dead":
-            if self._popen.poll() is None:
+        return self._ended(os.WNOHANG)
+
+    def reap(self) -> None:
+        """Wait until it has ended."""
+        self._ended(0)
+
+    def _ended(self, flags: int) -> bool:
+        if self._status is None:
+            self._status = exit_status(self.pidfd, flags)
+            if self._status is None:
                 return False
             self.heard()
             self.state = "dead"
@@ -124,15 +160,30 @@ class Process:
             os.close(self.pidfd)
         return True
 
-    def reap(self) -> None:
-        """Wait until it has ended."""
-        self._popen.wait()
-        assert self.ended
-
     @property
     def status(self) -> int:
-        """Exit code; negative: the signal that killed it."""
-        return self._popen.wait()
+        """Exit code of one that has ended; negative: the signal that killed it."""
+        assert self._status is not None
+        return self._status
+
+
+def executed(words: list[str], kept: Iterable[int], environment: Mapping[str, str], *, devnull: bool = False) -> int:
+    """Execute a program in a process of its own; its id. kept : the descriptors that it has, too, by their numbers.
+
+    devnull : it is a session of its own, whom Ctrl-C does not reach, with nothing to read.
+    """
+    actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in kept]
+    if devnull:
+        actions.append((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0))
+    return os.posix_spawn(words[0], words, environment, file_actions=actions, setsid=devnull, setsigmask=[])
+
+
+def exit_status(pidfd: int, flags: int) -> int | None:
+    """Of a child: its exit code; negative: the signal that killed it; None: it goes on. flags : os.WNOHANG or 0."""
+    found = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | flags)
+    if found is None:
+        return None
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
 def _safe() -> list[str]:

@@ -69,12 +69,16 @@ class Identity(NamedTuple):
 
 
 class Task(msgspec.Struct, frozen=True):
-    """What a fresh worker is told first. counters, socket : descriptors that it has inherited."""
+    """What a fresh worker is told first.
+
+    counters, socket : descriptors that it has inherited. own : whether the socket's queue ends with the service.
+    """
 
     settings: Settings
     slot: int
     counters: int
     socket: int
+    own: bool
     identity: Identity
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Self
 
@@ -21,6 +22,7 @@ class Signals:
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._before = {number: signal.signal(number, _woken) for number in self._numbers}
         self._woken_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._numbers)  # who executed this program may hold them
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -32,6 +34,15 @@ class Signals:
 
     def fileno(self) -> int:
         return self._reader
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """None comes within: what is sent waits for the end, or for the program that is executed."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._numbers)
 
     def come(self) -> list[signal.Signals]:
         """Those that have come since, in their order."""

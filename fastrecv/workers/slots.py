@@ -8,15 +8,35 @@ import socket
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from fastrecv.workers.counters import Row
 from fastrecv.workers.process import Process, ending
+from fastrecv.workers.process import Record as ProcessRecord
 
-__all__ = ["Slot"]
+__all__ = ["Record", "Slot"]
 
 _AT_ONCE = 1.0  # seconds of reading: who dies earlier has died at once
 _BACKOFF = (0.0, 0.1, 0.2, 0.4, 0.8)  # seconds before the next try, by how many have died at once; then no more
 _IMPORT = 60.0  # seconds until a worker must be ready, where the timeout is shorter
 _WELL = (0, -signal.SIGTERM)
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What the next supervisor of the same process id must know of a slot. sock : a descriptor."""
+
+    number: int
+    sock: int
+    own: bool
+    reader: ProcessRecord | None
+    successor: ProcessRecord | None
+    going: list[ProcessRecord]
+    deaths: int
+    again_at: float | None
+    leaving: bool
+    drained: bool
+    given_up: bool
+    new: bool
 
 
 class Slot:
@@ -41,6 +61,22 @@ class Slot:
         self._deaths = 0
         self._again_at: float | None = None
         self.leaving = self.drained = self.given_up = self.new = False
+
+    def resume(self, record: Record) -> None:
+        """Be as another was before this program was executed."""
+        self.reader, self.successor = _resumed(record.reader), _resumed(record.successor)
+        self._going = [Process.resume(one) for one in record.going]
+        self._deaths, self._again_at = record.deaths, record.again_at
+        self.leaving, self.drained, self.given_up, self.new = (
+            record.leaving, record.drained, record.given_up, record.new,
+        )  # fmt: skip
+
+    def record(self) -> Record:
+        return Record(
+            self.number, self.sock.fileno(), self.own, _recorded(self.reader), _recorded(self.successor),
+            [one.record() for one in self._going], self._deaths, self._again_at, self.leaving, self.drained,
+            self.given_up, self.new,
+        )  # fmt: skip
 
     @property
     def processes(self) -> list[Process]:
@@ -160,3 +196,11 @@ class Slot:
     def _kill(self, process: Process, why: str) -> None:
         self._log.error("worker %d [%d] %s: killed", self.number, process.pid, why)
         process.kill()
+
+
+def _recorded(found: Process | None) -> ProcessRecord | None:
+    return None if found is None else found.record()
+
+
+def _resumed(record: ProcessRecord | None) -> Process | None:
+    return None if record is None else Process.resume(record)

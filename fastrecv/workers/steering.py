@@ -6,47 +6,88 @@ import logging
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from errno import EPERM
 
+import msgspec
+
 from fastrecv import reuseport
-from fastrecv.balance import Balancer
+from fastrecv.balance import Balancer, Empty
+from fastrecv.balance_maps import Maps
 from fastrecv.classic import Filter
 from fastrecv.errors import BpfError, SocketRefusedError
 from fastrecv.policies import Policy
 
-__all__ = ["Steering"]
+__all__ = ["Record", "Steering"]
 
+_EMPTY: Empty = "drop"  # as Balancer.best has it
 _FREED = 5.0  # seconds
 _GRACE = 0.1  # seconds: a grace period of RCU takes some 10 ms
 
 
-class Steering:
-    """The group's program and its slots; attached when this returns.
+class Record(msgspec.Struct, frozen=True):
+    """What the next supervisor of the same process id must know: either maps (descriptors), of a Balancer, or size, of
+    a Filter, or neither.
+    """
 
-    passed : the first sockets are another's, who keeps them: a program that a killed supervisor has left there goes,
-    and so does this one in the end, so that every datagram finds a queue meanwhile.
+    kept: bool
+    seed: int | None
+    maps: dict[str, int] | None
+    size: int | None
+
+
+class Steering:
+    """Who decides in a group: a Balancer, classic BPF, or the kernel's hash.
 
     With a Balancer, senders move as few as can and any slot may be without. Classic BPF divides them among all members,
     by their order; the kernel's hash too.
     """
 
-    def __init__(self, policy: Policy, members: Sequence[socket.socket], log: logging.Logger, *, passed: bool) -> None:
-        self._log = log
-        self._by: Balancer | Filter | None = None
-        self._kept = members[0] if passed else None
+    def __init__(self, by: Balancer | Filter | None, kept: socket.socket | None) -> None:
+        self._by, self._kept = by, kept
+
+    @classmethod
+    def begin(cls, policy: Policy, members: Sequence[socket.socket], log: logging.Logger, *, passed: bool) -> Steering:
+        """Attach the best that the privileges at hand allow.
+
+        passed : the first sockets are another's, who keeps them: a program that a killed supervisor has left there
+        goes, and so does this one in the end, so that every datagram finds a queue meanwhile.
+        """
+        kept = members[0] if passed else None
         if not are_group(members):
-            return
+            return cls(None, kept)
         try:
-            self._by = _best(policy, members, passed and reuseport.detach(members[0]))
+            by = _best(policy, members, passed and reuseport.detach(members[0]))
         except BpfError as error:
             if error.errno != EPERM:
                 raise
             log.warning("policy %s takes CAP_BPF: the kernel's hash of both ends decides who gets a sender", policy)
-            return
-        if isinstance(self._by, Filter):
+            return cls(None, kept)
+        if isinstance(by, Filter):
             log.warning("without CAP_BPF: classic BPF by %s, so a worker more or less moves nearly all senders", policy)
         else:
             log.info("senders are balanced by %s", policy)
+        return cls(by, kept)
+
+    @classmethod
+    def resume(cls, record: Record, policy: Policy, first: socket.socket) -> Steering:
+        """As it was before this program was executed. first : of the members."""
+        by: Balancer | Filter | None = None
+        policy = replace(policy, seed=record.seed)
+        if record.maps is not None:
+            by = Balancer.of(Maps.inherit(record.maps), policy, _EMPTY, 0)
+        elif record.size is not None:
+            by = Filter(policy, record.size)
+        return cls(by, first if record.kept else None)
+
+    def record(self) -> Record:
+        by = self._by
+        return Record(
+            self._kept is not None,
+            None if by is None else by.policy.seed,
+            by.maps.descriptors() if isinstance(by, Balancer) else None,
+            by.size if isinstance(by, Filter) else None,
+        )
 
     def join(self, slot: int, member: socket.socket) -> None:
         """A new member, the last of all, gets a slot; senders only with `share`."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import time
 from collections.abc import Callable
 
@@ -13,19 +14,21 @@ from fastrecv import privileges
 from fastrecv.policies import Policy
 from fastrecv.sockets import receive_buffer_limit
 from fastrecv.steerable import described
-from fastrecv.workers import logs, opening
+from fastrecv.workers import logs, opening, succession
 from fastrecv.workers.counters import Counters
 from fastrecv.workers.fleet import Fleet
 from fastrecv.workers.settings import Settings, Task, identity
 from fastrecv.workers.signals import Signals
 from fastrecv.workers.slots import Slot
 from fastrecv.workers.steering import Steering
+from fastrecv.workers.succession import Check, Record
 
 __all__ = ["Supervisor"]
 
 _TICK = 0.1  # seconds between two looks at the time
+_WELL = "exit code 0"  # of a check
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
-_SIGNALS = (*_STOPPING, signal.SIGQUIT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU)
+_SIGNALS = (*_STOPPING, signal.SIGQUIT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR2)
 
 
 class Supervisor:
@@ -33,7 +36,8 @@ class Supervisor:
 
     SIGTERM, SIGINT: the flow is stopped, queues are read to their end, workers leave; a second one, and SIGQUIT: at
     once. SIGHUP: new workers in the place of all, one after the other, with the code as it is then. SIGTTIN, SIGTTOU:
-    one worker more, or less.
+    one worker more, or less. SIGUSR2: the code and the configuration of now in the place of this process's, by the
+    command line that it was started with, where a child finds that they can; workers go on meanwhile.
 
     The calling process gives up all capabilities but those that restarting and resizing take: `_kept`. ValueError for
     settings that cannot be; OSErrors, with nothing left behind, where the service cannot begin: StateError also where
@@ -47,15 +51,29 @@ class Supervisor:
         self._log = logs.opened("supervisor")
         self._at_once = False
         self._end_by = 0.0
+        self._check: Check | None = None
 
     def run(self) -> int:
         """Exit code: 0 stopped as told; 1 all workers were given up, or had to be killed with their queues unread."""
         privileges.refuse_threads()
         privileges.check_becoming(self._identity.user, self._identity.group)
+        before = succession.inherited(self._settings)
+        if before is not None and before.checking:
+            self._resume(before)
+            return 0
         with contextlib.ExitStack() as stack:
             signals = stack.enter_context(Signals(_SIGNALS))
-            self._counters = stack.enter_context(Counters())
-            self._fleet = self._open(stack)
+            if before is None:
+                self._open(stack)
+            else:
+                self._resume(before)
+            stack.callback(self._close)
+            privileges.keep_only(*self._kept())
+            self._report()
+            if before is None:
+                self._fleet.begin()
+            else:
+                self._log.info("took over from the program before")
             while not self._over():
                 self._wait(signals)
                 self._fleet.act()
@@ -63,44 +81,73 @@ class Supervisor:
 
     # Beginning and end
 
-    def _open(self, stack: contextlib.ExitStack) -> Fleet:
-        """The sockets, who gets which sender, and the first workers, when capabilities are given up."""
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        """The sockets, and who gets which sender."""
         passed = opening.inherited()
         for sock in passed:
             stack.enter_context(sock)
         members = opening.members(self._settings, passed)
         try:
-            steering = Steering(self._policy, members, self._log, passed=bool(passed))
+            self._steering = Steering.begin(self._policy, members, self._log, passed=bool(passed))
         except BaseException:
             for sock in members:
                 sock.close()
             raise
-        fleet = Fleet(self._settings, steering, self._counters, self._log, self._task)
-        stack.callback(fleet.close)
-        stack.callback(steering.close)
-        privileges.keep_only(*self._kept(members[0].getsockname()[1]))
-        where, count = described(members[0]), len(members)
+        self._counters = Counters()
+        self._fleet = self._made()
+        self._fleet.hold(members, passed)
+
+    def _resume(self, record: Record) -> None:
+        """Go on from where the program before this one was."""
+        members = [socket.socket(fileno=slot.sock) for slot in record.fleet.slots]
+        self._steering = Steering.resume(record.steering, self._policy, members[0])
+        self._counters = Counters(record.counters)
+        self._end_by = record.end_by
+        self._fleet = self._made()
+        self._fleet.resume(record.fleet, members)
+        if self._settings.workers not in (None, record.workers):
+            self._fleet.scale(self._settings.workers)
+
+    def _made(self) -> Fleet:
+        return Fleet(self._settings, self._steering, self._counters, self._log, self._task)
+
+    def _record(self) -> Record:
+        """All that the program after this one must know."""
+        settings = self._settings
+        return Record(
+            bind=settings.bind, policy=settings.policy, workers=settings.workers, counters=self._counters.fd,
+            steering=self._steering.record(), fleet=self._fleet.record(), end_by=self._end_by,
+        )  # fmt: skip
+
+    def _report(self) -> None:
+        where, count = described(self._fleet.slots[0].sock), len(self._fleet.slots)
         self._log.info("process %d: %s, %d worker%s", os.getpid(), where, count, "s" if count > 1 else "")
         if (os.geteuid() if self._identity.user is None else self._identity.user) == 0:
             self._log.warning("workers run as root, though without capabilities: give them a user")
-        fleet.begin(members, passed)
-        return fleet
 
-    def _kept(self, port: int) -> list[int]:
+    def _kept(self) -> list[int]:
         """The capabilities that restarting and resizing take."""
         found = []
         if self._identity.group is not None:
             found.append(privileges.CAP_SETGID)
         if self._identity.user is not None:  # whose processes only who may can kill
             found += [privileges.CAP_SETUID, privileges.CAP_KILL]
-        if privileges.is_privileged_port(port):
+        if privileges.is_privileged_port(self._fleet.slots[0].sock.getsockname()[1]):
             found.append(privileges.CAP_NET_BIND_SERVICE)
         if (self._settings.receive_buffer or 0) > receive_buffer_limit():
             found.append(privileges.CAP_NET_ADMIN)
         return found
 
+    def _close(self) -> None:
+        """Leave nothing behind."""
+        if self._check is not None:
+            self._check.close()
+        self._steering.close()
+        self._fleet.close()
+        self._counters.close()
+
     def _task(self, slot: Slot) -> Task:
-        return Task(self._settings, slot.number, self._counters.fd, slot.sock.fileno(), self._identity)
+        return Task(self._settings, slot.number, self._counters.fd, slot.sock.fileno(), slot.own, self._identity)
 
     def _over(self) -> bool:
         if self._at_once:
@@ -132,6 +179,8 @@ class Supervisor:
     def _wait(self, signals: Signals) -> None:
         """Wait for whatever comes next, and deal with it."""
         doors: dict[int, Callable[[], object]] = {signals.fileno(): lambda: self._signalled(signals)}
+        if self._check is not None:
+            doors[self._check.fileno()] = lambda: self._succeed(signals)
         workers = self._fleet.watched()
         poll = select.poll()
         for fd in (*doors, *workers):
@@ -141,6 +190,8 @@ class Supervisor:
             self._fleet.heard(slot, process)
         for fd in ready & doors.keys():
             doors[fd]()
+        if self._check is not None and self._check.overdue:
+            self._succeed(signals)
 
     def _signalled(self, signals: Signals) -> None:
         for number in signals.come():
@@ -156,7 +207,28 @@ class Supervisor:
             fleet.stop()
         elif fleet.stopping:
             return
+        elif number == signal.SIGUSR2:
+            self._check = self._check or Check(self._record())
         elif number == signal.SIGHUP:
             fleet.restart()
         else:
             fleet.scale(fleet.wanted + (1 if number == signal.SIGTTIN else -1))
+
+    def _succeed(self, signals: Signals) -> None:
+        """The check has ended: be the code of now, or stay."""
+        assert self._check is not None
+        result = self._check.result()
+        if result is None:
+            return
+        self._check = None
+        if result != _WELL:
+            self._log.error("the supervisor stays as it is: its successor would not do (%s)", result)
+            return
+        with signals.held():
+            self._signalled(signals)
+            if self._over() or self._check is not None:
+                return
+            try:
+                succession.execute(self._record())
+            except OSError as error:
+                self._log.error("the supervisor stays as it is: %s", error)

@@ -15,6 +15,7 @@ from types import FrameType
 import msgspec
 
 from fastrecv import privileges
+from fastrecv.sockets import drop_everything
 from fastrecv.workers import logs
 from fastrecv.workers.counters import Counters
 from fastrecv.workers.handlers import Handler, HandlerError, load
@@ -34,7 +35,7 @@ def main(fd: int) -> int:
         task = msgspec.json.decode(sock.recv(LONGEST), type=Task)
         for number in (signal.SIGINT, signal.SIGTERM):  # the supervisor says when; what is executed has its own way
             signal.signal(number, _ignore)
-        orders = Orders(sock)
+        orders = Orders(sock, lambda: _forsaken(task))
         try:
             become(task.identity)
             sys.path.insert(0, str(Path.cwd()))
@@ -49,6 +50,18 @@ def main(fd: int) -> int:
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:
     """The signal has woken nobody."""
+
+
+def _forsaken(task: Task) -> bool:
+    """The supervisor was killed: take no longer than a worker may; whether to read the queue to its end.
+
+    Nothing more comes into it then. A queue of systemd's waits for who comes next.
+    """
+    signal.setitimer(signal.ITIMER_REAL, task.settings.graceful_timeout or 1e-6)
+    if task.own:
+        with socket.socket(fileno=os.dup(task.socket)) as sock:
+            drop_everything(sock)
+    return task.own
 
 
 def become(identity: Identity) -> None:

@@ -99,6 +99,15 @@ def serve(sockets):
 """Does as datagrams say; with {folder}."""
 
 
+POWERLESS = """
+import os, sys
+from fastrecv import privileges
+privileges.keep_only()
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""What is executed after it has no capability."""
+
+
 def until(found: Callable[[], object], what: Callable[[], str]) -> None:
     deadline = time.monotonic() + _PATIENCE
     while not found():
@@ -208,6 +217,11 @@ def say(*payloads: str, source: str = "127.0.0.1") -> None:
         sock.bind((source, 0))
         for payload in payloads:
             sock.sendto(payload.encode(), (ADDRESS, PORT))
+
+
+def status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def children(pid: int) -> list[int]:

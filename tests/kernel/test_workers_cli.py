@@ -12,8 +12,8 @@ import pytest
 from fastrecv.cli.main import run
 from fastrecv.netns import Namespace
 from tests.kernel.commands import one_line
-from tests.kernel.supervising import ADDRESS, PORT, Service, app, children, namespace
-from tests.kernel.test_workers_life import ACTIVATE, POWERLESS
+from tests.kernel.supervising import ADDRESS, PORT, POWERLESS, Service, app, children, namespace
+from tests.kernel.test_workers_life import ACTIVATE
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 import fastrecv
 from fastrecv.netns import Namespace
 from tests.kernel.privileges import CAP_BPF, CAP_NET_ADMIN
-from tests.kernel.supervising import ADDRESS, PORT, Service, app, namespace, say, until
+from tests.kernel.supervising import ADDRESS, PORT, POWERLESS, Service, app, namespace, say, status, until
 
 NOBODY = 65534
 ACTIVATE = """
@@ -29,12 +29,6 @@ INSTALLED = f"""
 import os, sys
 os.environ["PYTHONPATH"] = {str(Path(fastrecv.__file__).parents[1])!r}
 os.execv(sys.argv[1], [sys.argv[1], "-P", *sys.argv[2:]])
-"""
-POWERLESS = """
-import os, sys
-from fastrecv import privileges
-privileges.keep_only()
-os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
@@ -51,11 +45,6 @@ def folder(ns: Namespace, tmp_path: Path) -> Path:
     for path in (tmp_path, *list(tmp_path.parents)[:2]):
         path.chmod(0o777)
     return tmp_path
-
-
-def status(pid: int) -> dict[str, str]:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def lives(pid: int) -> bool:
@@ -292,6 +281,20 @@ def test_workers_do_not_outlive_a_supervisor_that_is_killed(folder: Path) -> Non
         pids = service.pids(2)
         service.process.kill()
         until(lambda: not any(map(lives, pids)), lambda: f"{pids} live")
+
+
+def test_workers_of_a_supervisor_that_is_killed_read_their_queues_to_the_end(folder: Path) -> None:
+    texts = [f"datagram {number}" for number in range(50)]
+    with Service(folder, "app:handle", "--batch-size", 1) as service:
+        service.begun(1)
+        (pid,) = service.pids(1)
+        os.kill(pid, signal.SIGSTOP)
+        say(*texts)
+        service.process.kill()
+        service.process.wait()
+        os.kill(pid, signal.SIGCONT)
+        service.noted(*texts)
+        until(lambda: not lives(pid), lambda: f"{pid} lives")
 
 
 def test_senders_of_who_is_given_up_wait_where_that_is_asked_for(folder: Path) -> None:
