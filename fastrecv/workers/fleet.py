@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from fastrecv.errors import StateError
 from fastrecv.sockets import drop_everything
-from fastrecv.workers import opening
+from fastrecv.workers import opening, snapshots
 from fastrecv.workers.counters import Counters
 from fastrecv.workers.process import Process, ending
 from fastrecv.workers.settings import MAX_WORKERS, Settings, Task
@@ -49,7 +49,8 @@ class Fleet:
 
     def _slot(self, number: int, sock: socket.socket, own: bool) -> Slot:
         row = self._counters.row(number)
-        return Slot(number, sock, own, row, self._spawn, self._log, self._settings.graceful_timeout)
+        kept = snapshots.begun(row)
+        return Slot(number, sock, own, row, kept, self._spawn, self._log, self._settings.graceful_timeout)
 
     def _spawn(self, slot: Slot) -> Process:
         return Process(self._task(slot))
@@ -122,7 +123,7 @@ class Fleet:
         """Leave nothing behind."""
         self.kill()
         for slot in self.slots:
-            slot.sock.close()
+            slot.close()
 
     def act(self) -> None:
         """Do what the time has come for."""
@@ -191,7 +192,7 @@ class Fleet:
         slot.begin()
 
     def _remove(self, slot: Slot) -> None:
-        slot.sock.close()
+        slot.close()
         self.slots.remove(slot)
         said = self._log.info if slot.drained else self._log.error
         said("worker %d has left%s", slot.number, "" if slot.drained else ", with its queue unread")

@@ -47,7 +47,8 @@ class Process:
                 theirs_fd = theirs.fileno()
                 self._popen = subprocess.Popen(  # noqa: S603 - ourselves
                     [sys.executable, *_safe(), "-m", "fastrecv.workers.worker", str(theirs_fd)],
-                    pass_fds=[theirs_fd, task.counters, task.socket], stdin=subprocess.DEVNULL, env=os.environ | ALONE,
+                    pass_fds=[theirs_fd, task.counters, task.socket, task.snapshots],
+                    stdin=subprocess.DEVNULL, env=os.environ | ALONE,
                     start_new_session=True,  # Ctrl-C is for the supervisor
                 )  # fmt: skip
             self.pidfd = os.pidfd_open(self._popen.pid)

@@ -69,12 +69,13 @@ class Identity(NamedTuple):
 
 
 class Task(msgspec.Struct, frozen=True):
-    """What a fresh worker is told first. counters, socket : descriptors that it has inherited."""
+    """What a fresh worker is told first. counters, socket, snapshots : descriptors that it has inherited."""
 
     settings: Settings
     slot: int
     counters: int
     socket: int
+    snapshots: int
     identity: Identity
 
 

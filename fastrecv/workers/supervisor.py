@@ -100,7 +100,7 @@ class Supervisor:
         return found
 
     def _task(self, slot: Slot) -> Task:
-        return Task(self._settings, slot.number, self._counters.fd, slot.sock.fileno(), self._identity)
+        return Task(self._settings, slot.number, self._counters.fd, slot.sock.fileno(), slot.snapshots, self._identity)
 
     def _over(self) -> bool:
         if self._at_once:
