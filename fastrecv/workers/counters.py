@@ -25,7 +25,7 @@ __all__ = ["NAME", "ROW", "STATES", "Counters", "Row"]
 NAME = "fastrecv-counters"
 """Of the memfd, as /proc/PID/fd shows it."""
 _WORDS = ("pid", "state", "heartbeat", "datagrams", "bytes", "batches", "truncated", "handled", "handler_ns", "failed",
-          "errors", "killed", "starts")  # fmt: skip
+          "errors", "killed", "starts", "snapshot")  # fmt: skip
 _WIDTH = 16  # words of a row: two cache lines, so that no two writers share one
 ROW = np.dtype({
     "names": _WORDS, "formats": ["<u8"] * len(_WORDS), "offsets": [8 * place for place in range(len(_WORDS))],
@@ -34,13 +34,14 @@ ROW = np.dtype({
 """A row. pid : of the writer. state : a place in STATES. heartbeat : CLOCK_MONOTONIC ns of its last sign of life.
 
 datagrams, bytes, batches, truncated : received. handled : datagrams whose handler has returned, handler_ns : what that
-took. failed : datagrams of batches whose handler raised an exception, errors : how many such batches. killed :
-datagrams that were in the hands of workers that died. starts : how many workers have begun to read. Where nobody
-reads, datagrams is handled + failed + killed.
+took. failed : datagrams of batches whose handler raised an exception, errors : how many such batches, and exceptions of
+snapshot and restore. killed : datagrams that were in the hands of workers that died. starts : how many workers have
+begun to read. snapshot : where the handler's state is kept (fastrecv.workers.snapshots), 0: nowhere; its upper 62 bits
+are the length in bytes. Where nobody reads, datagrams is handled + failed + killed.
 """
 STATES = ("idle", "reading", "stopped")
 _PID, _STATE, _HEARTBEAT, _DATAGRAMS, _BYTES, _BATCHES, _TRUNCATED, _HANDLED, _HANDLER_NS, _FAILED, _ERRORS, _KILLED, \
-    _STARTS = range(len(_WORDS))  # fmt: skip
+    _STARTS, _SNAPSHOT = range(len(_WORDS))  # fmt: skip
 _LENGTH = MAX_WORKERS * ROW.itemsize
 
 
@@ -112,7 +113,7 @@ class Row:
         self._words[_HANDLER_NS] += nanoseconds
 
     def failed(self, datagrams: int) -> None:
-        """The handler has raised an exception: so many are lost."""
+        """The handler has raised an exception: so many are lost, none where only its state is."""
         self._words[_FAILED] += datagrams
         self._words[_ERRORS] += 1
 
@@ -126,6 +127,15 @@ class Row:
         words[_KILLED] += lost
         words[_STATE] = STATES.index("idle")
         return lost
+
+    @property
+    def snapshot(self) -> int:
+        return self._words[_SNAPSHOT]
+
+    @snapshot.setter
+    def snapshot(self, word: int) -> None:
+        """One store: whoever is killed before or after it leaves a whole snapshot behind."""
+        self._words[_SNAPSHOT] = word
 
     @property
     def heartbeat(self) -> int:

@@ -12,7 +12,7 @@ import msgspec
 
 from fastrecv.errors import StateError
 from fastrecv.sockets import drop_everything
-from fastrecv.workers import opening, slots
+from fastrecv.workers import opening, slots, snapshots
 from fastrecv.workers.counters import Counters
 from fastrecv.workers.process import Process, ending
 from fastrecv.workers.settings import MAX_WORKERS, Settings, Task
@@ -67,7 +67,7 @@ class Fleet:
     def resume(self, record: Record, members: list[socket.socket]) -> None:
         """Be as another was before this program was executed. members : the slots' sockets."""
         for one, sock in zip(record.slots, members, strict=True):
-            slot = self._slot(one.number, sock, one.own)
+            slot = self._slot(one.number, sock, one.own, one.snapshots)
             slot.resume(one)
             self.slots.append(slot)
         self.wanted, self.begun, self.stopping = record.wanted, record.begun, record.stopping
@@ -81,9 +81,10 @@ class Fleet:
             [slot.number for slot in self._rolling], None if self._rolled is None else self._rolled.pid, self._sharing,
         )  # fmt: skip
 
-    def _slot(self, number: int, sock: socket.socket, own: bool) -> Slot:
+    def _slot(self, number: int, sock: socket.socket, own: bool, kept: int | None = None) -> Slot:
         row = self._counters.row(number)
-        return Slot(number, sock, own, row, self._spawn, self._log, self._settings.graceful_timeout)
+        kept = snapshots.begun(row) if kept is None else kept
+        return Slot(number, sock, own, row, kept, self._spawn, self._log, self._settings.graceful_timeout)
 
     def _spawn(self, slot: Slot) -> Process:
         return Process.begin(self._task(slot))
@@ -156,7 +157,7 @@ class Fleet:
         """Leave nothing behind."""
         self.kill()
         for slot in self.slots:
-            slot.sock.close()
+            slot.close()
 
     def act(self) -> None:
         """Do what the time has come for."""
@@ -225,7 +226,7 @@ class Fleet:
         slot.begin()
 
     def _remove(self, slot: Slot) -> None:
-        slot.sock.close()
+        slot.close()
         self.slots.remove(slot)
         said = self._log.info if slot.drained else self._log.error
         said("worker %d has left%s", slot.number, "" if slot.drained else ", with its queue unread")

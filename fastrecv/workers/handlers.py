@@ -2,6 +2,9 @@
 
 - a function handle(batch), plain or async;
 - a class, made once a worker, with handle(batch) and, where it has them, start() and stop(); async or not, each;
+- such a class with snapshot() and restore(data), async or not, whose state outlives it: what snapshot returns after a
+  batch, bytes, or None where nothing has changed since, is given to the restore of the next worker at the same socket,
+  when all others have stopped for good and before its first batch. Its stop() is called before the last snapshot;
 - a function called serve, or a class with serve(sockets): a loop of its own, for what receives no batches. It is told
   to stop by SIGTERM, and returns then.
 """
@@ -12,7 +15,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 __all__ = ["Handler", "HandlerError", "called", "in_one_line", "load"]
@@ -30,19 +33,25 @@ class Handler:
     serve: Callable[[Any], Any] | None = None
     start: Callable[[], Any] | None = None
     stop: Callable[[], Any] | None = None
+    snapshot: Callable[[], Any] | None = None
+    restore: Callable[[Any], Any] | None = None
 
     @property
     def asynchronous(self) -> bool:
         """Whether it needs an event loop."""
-        return any(map(inspect.iscoroutinefunction, (self.handle, self.serve, self.start, self.stop)))
+        functions = (self.handle, self.serve, self.start, self.stop, self.snapshot, self.restore)
+        return any(map(inspect.iscoroutinefunction, functions))
+
+    @property
+    def stateful(self) -> bool:
+        """Whether its state outlives the worker."""
+        return self.snapshot is not None
 
 
-async def called(function: Callable[..., Any] | None, *arguments: object) -> None:
-    """Call what may be async, or not be there."""
-    if function is not None:
-        result = function(*arguments)
-        if isinstance(result, Awaitable):
-            await result
+async def called(function: Callable[..., Any] | None, *arguments: object) -> Any:
+    """What a function returns that may be async, or not be there."""
+    result = None if function is None else function(*arguments)
+    return await result if isinstance(result, Awaitable) else result
 
 
 def load(name: str) -> Handler:
@@ -100,18 +109,30 @@ def _of_class(name: str, kind: type) -> Handler:
     if callable(handle) == callable(serve):
         raise HandlerError(f"{name!r} has {'both' if callable(handle) else 'neither'} handle and serve: give it one")
     start, stop = getattr(made, "start", None), getattr(made, "stop", None)
+    snapshot, restore = getattr(made, "snapshot", None), getattr(made, "restore", None)
     if serve is not None:
+        if snapshot is not None or restore is not None:
+            raise HandlerError(f"{name!r} has serve, whose state is not kept: leave snapshot and restore out")
         return Handler(serve=_taking(name, serve, "sockets"), start=start, stop=stop)
     assert handle is not None
-    return Handler(handle=_taking(name, handle, "batch"), start=start, stop=stop)
+    handler = Handler(handle=_taking(name, handle, "batch"), start=start, stop=stop)
+    if snapshot is None and restore is None:
+        return handler
+    if snapshot is None or restore is None:
+        one, other = ("snapshot", "restore") if restore is None else ("restore", "snapshot")
+        raise HandlerError(f"{name!r} has {one} and no {other}: give it both, or neither")
+    snapshot, restore = _taking(f"{name}.snapshot", snapshot), _taking(f"{name}.restore", restore, "data")
+    return replace(handler, snapshot=snapshot, restore=restore)
 
 
-def _taking(name: str, function: Callable[..., Any], argument: str) -> Callable[..., Any]:
-    """The function, which takes one argument. HandlerError."""
+def _taking(name: str, function: Callable[..., Any], argument: str | None = None) -> Callable[..., Any]:
+    """The function, which takes this argument and no other. HandlerError."""
+    arguments = () if argument is None else (argument,)
     try:
-        inspect.signature(function).bind(None)
+        inspect.signature(function).bind(*arguments)
     except TypeError:
-        raise HandlerError(f"{name!r} must take one argument, the {argument}") from None
+        what = "no argument" if argument is None else f"one argument, the {argument}"
+        raise HandlerError(f"{name!r} must take {what}") from None
     except ValueError:  # a function of C that does not say
         pass
     return function

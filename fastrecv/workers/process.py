@@ -65,7 +65,7 @@ class Process:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             words = [sys.executable, *_safe(), "-m", "fastrecv.workers.worker", str(theirs.fileno())]
-            kept = (theirs.fileno(), task.counters, task.socket)
+            kept = (theirs.fileno(), task.counters, task.socket, task.snapshots)
             try:
                 pid = executed(words, kept, os.environ | ALONE, devnull=True)
             except BaseException:

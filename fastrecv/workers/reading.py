@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from fastrecv.workers.handlers import Handler, HandlerError, called, in_one_line
 from fastrecv.workers.logs import Limited
 from fastrecv.workers.orders import Orders
 from fastrecv.workers.settings import Task
+from fastrecv.workers.snapshots import Snapshots
 
 __all__ = ["Reading"]
 
@@ -28,17 +30,23 @@ class Reading:
     """One socket, read by one handler.
 
     run() lets the handler start, says "ready", reads when told to until told to stop, says "stopped", and lets the
-    handler stop. So start() is called while a predecessor may still read. HandlerError where it cannot begin.
+    handler stop. So start() is called while a predecessor may still read. A handler whose state is kept restores it
+    before it reads, and stops before "stopped" is said, so that its successor gets what stop() leaves. HandlerError
+    where it cannot begin.
     """
 
     def __init__(
-        self, task: Task, handler: Handler, sock: socket.socket, counters: Counters, orders: Orders, errors: Limited
+        self, task: Task, handler: Handler, sock: socket.socket, counters: Counters, orders: Orders,
+        log: logging.Logger,
     ) -> None:  # fmt: skip
         self._settings, self._slot, self._handler, self._sock = task.settings, task.slot, handler, sock
-        self._counters, self._orders, self._errors = counters, orders, errors
+        self._counters, self._orders = counters, orders
+        self._errors, self._unkept = Limited(log), Limited(log)
+        self._kept = task.snapshots
         self._idle = min(1.0, (task.settings.timeout or 3.0) / 3)  # seconds without a datagram until a sign of life
         self._looked = 0
         self._row: Row
+        self._snapshots: Snapshots
 
     def run(self) -> None:
         if self._handler.asynchronous:
@@ -54,13 +62,17 @@ class Reading:
                 self._orders.idle(None)
             if self._take_row():
                 if receiver is not None:
+                    self._restore()
                     self._read(receiver)
                 elif self._handler.serve is not None:
                     with _Watch(self._row, self._orders, self._idle):
                         self._handler.serve([self._sock])
-                self._say_stopped()
-        if self._handler.stop is not None:
-            self._handler.stop()
+                if not self._handler.stateful:
+                    self._say_stopped()
+        with self._ending():
+            if self._handler.stop is not None:
+                self._handler.stop()
+            self._keep()
 
     async def _run_async(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -72,12 +84,16 @@ class Reading:
                 await self._idle_async(None)
             if self._take_row():
                 if receiver is not None:
+                    await self._restore_async()
                     await self._read_async(receiver)
                 else:
                     with _Watch(self._row, self._orders, self._idle):
                         await called(self._handler.serve, [self._sock])
-                self._say_stopped()
-        await called(self._handler.stop)
+                if not self._handler.stateful:
+                    self._say_stopped()
+        with self._ending():
+            await called(self._handler.stop)
+            await self._keep_async()
 
     @contextlib.contextmanager
     def _beginning(self) -> Iterator[None]:
@@ -95,7 +111,17 @@ class Reading:
         """Begin to count, where it may read: nobody else writes the row any more."""
         if self._orders.started:
             self._row = self._counters.row(self._slot)
+            self._snapshots = Snapshots(self._kept, self._row)
         return self._orders.started
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Where the state is kept: the successor may begin when stop() is over, however it ends."""
+        try:
+            yield
+        finally:
+            if self._handler.stateful and self._orders.started:
+                self._say_stopped()
 
     def _say_stopped(self) -> None:
         self._row.stop()
@@ -118,6 +144,7 @@ class Reading:
             except Exception:  # whatever the service's code raises
                 self._failed(batch)
             else:
+                self._keep()
                 self._row.handled(len(batch), time.monotonic_ns() - began)
 
     async def _read_async(self, receiver: Receiver) -> None:
@@ -134,6 +161,7 @@ class Reading:
             except Exception:  # whatever the service's code raises
                 self._failed(batch)
             else:
+                await self._keep_async()
                 self._row.handled(len(batch), time.monotonic_ns() - began)
             await asyncio.sleep(0)  # a flood must not keep the loop from the handler's other tasks
 
@@ -154,6 +182,39 @@ class Reading:
         if self._settings.on_error == "exit":
             raise  # noqa: PLE0704 - the one that is being handled
         self._errors.exception(f"the handler has lost a batch of {len(batch)} datagrams")
+
+    # State
+
+    def _restore(self) -> None:
+        if self._handler.restore is not None:
+            with self._stateless("restore() has failed: the handler goes on without what was kept"):
+                if (state := self._snapshots.read()) is not None:
+                    self._handler.restore(state)
+
+    async def _restore_async(self) -> None:
+        if self._handler.restore is not None:
+            with self._stateless("restore() has failed: the handler goes on without what was kept"):
+                if (state := self._snapshots.read()) is not None:
+                    await called(self._handler.restore, state)
+
+    def _keep(self) -> None:
+        if self._handler.snapshot is not None and self._orders.started:
+            with self._stateless("snapshot() has failed: what was kept before stays"):
+                self._snapshots.write(self._handler.snapshot())
+
+    async def _keep_async(self) -> None:
+        if self._handler.snapshot is not None and self._orders.started:
+            with self._stateless("snapshot() has failed: what was kept before stays"):
+                self._snapshots.write(await called(self._handler.snapshot))
+
+    @contextlib.contextmanager
+    def _stateless(self, said: str) -> Iterator[None]:
+        """An exception costs state and no batch; the worker goes on."""
+        try:
+            yield
+        except Exception:  # whatever the service's code raises, and what cannot be kept
+            self._row.failed(0)
+            self._unkept.exception(said)
 
     async def _idle_async(self, seconds: float | None, *others: int) -> None:
         """Orders.idle on the event loop."""

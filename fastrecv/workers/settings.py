@@ -71,7 +71,8 @@ class Identity(NamedTuple):
 class Task(msgspec.Struct, frozen=True):
     """What a fresh worker is told first.
 
-    counters, socket : descriptors that it has inherited. own : whether the socket's queue ends with the service.
+    counters, socket, snapshots : descriptors that it has inherited. own : whether the socket's queue ends with the
+    service.
     """
 
     settings: Settings
@@ -79,6 +80,7 @@ class Task(msgspec.Struct, frozen=True):
     counters: int
     socket: int
     own: bool
+    snapshots: int
     identity: Identity
 
 

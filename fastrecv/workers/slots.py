@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import time
@@ -23,11 +24,12 @@ _WELL = (0, -signal.SIGTERM)
 
 
 class Record(msgspec.Struct, frozen=True):
-    """What the next supervisor of the same process id must know of a slot. sock : a descriptor."""
+    """What the next supervisor of the same process id must know of a slot. sock, snapshots : descriptors."""
 
     number: int
     sock: int
     own: bool
+    snapshots: int
     reader: ProcessRecord | None
     successor: ProcessRecord | None
     going: list[ProcessRecord]
@@ -43,6 +45,7 @@ class Slot:
     """The socket of one worker, with whoever reads it and whoever is to read it next.
 
     spawn : starts a process for it. own : whether the socket was opened here, so that its queue ends with it.
+    snapshots : descriptor of what its handlers keep.
 
     reader : who reads, or has been told to stop. successor : who has been started and does not read yet.
     leaving : it is to be read to its end. drained : it has been. given_up : nobody is started any more. new : it has no
@@ -50,10 +53,10 @@ class Slot:
     """
 
     def __init__(
-        self, number: int, sock: socket.socket, own: bool, row: Row, spawn: Callable[[Slot], Process],
+        self, number: int, sock: socket.socket, own: bool, row: Row, snapshots: int, spawn: Callable[[Slot], Process],
         log: logging.Logger, seconds: float,
     ) -> None:  # fmt: skip
-        self.number, self.sock, self.own, self.row = number, sock, own, row
+        self.number, self.sock, self.own, self.row, self.snapshots = number, sock, own, row, snapshots
         self._spawn, self._log, self._seconds = spawn, log, seconds
         self.reader: Process | None = None
         self.successor: Process | None = None
@@ -73,10 +76,15 @@ class Slot:
 
     def record(self) -> Record:
         return Record(
-            self.number, self.sock.fileno(), self.own, _recorded(self.reader), _recorded(self.successor),
-            [one.record() for one in self._going], self._deaths, self._again_at, self.leaving, self.drained,
-            self.given_up, self.new,
+            self.number, self.sock.fileno(), self.own, self.snapshots,
+            _recorded(self.reader), _recorded(self.successor), [one.record() for one in self._going],
+            self._deaths, self._again_at, self.leaving, self.drained, self.given_up, self.new,
         )  # fmt: skip
+
+    def close(self) -> None:
+        """Let go of the socket, and of what the handler has kept. Nobody reads any more."""
+        self.sock.close()
+        os.close(self.snapshots)
 
     @property
     def processes(self) -> list[Process]:

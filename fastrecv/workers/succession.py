@@ -52,7 +52,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         yield self.counters
         yield from (self.steering.maps or {}).values()
         for slot in self.fleet.slots:
-            yield slot.sock
+            yield from (slot.sock, slot.snapshots)
             for process in (slot.reader, slot.successor, *slot.going):
                 if process is not None:
                     yield from (process.pidfd, process.orders)

@@ -147,7 +147,9 @@ class Supervisor:
         self._counters.close()
 
     def _task(self, slot: Slot) -> Task:
-        return Task(self._settings, slot.number, self._counters.fd, slot.sock.fileno(), slot.own, self._identity)
+        return Task(
+            self._settings, slot.number, self._counters.fd, slot.sock.fileno(), slot.own, slot.snapshots, self._identity
+        )
 
     def _over(self) -> bool:
         if self._at_once:

@@ -75,9 +75,9 @@ def become(identity: Identity) -> None:
 
 
 def _work(task: Task, handler: Handler, orders: Orders) -> None:
-    errors = logs.Limited(logs.opened(f"worker {task.slot} [{os.getpid()}]"))
+    log = logs.opened(f"worker {task.slot} [{os.getpid()}]")
     with socket.socket(fileno=task.socket) as sock, Counters(task.counters) as counters:
-        Reading(task, handler, sock, counters, orders, errors).run()
+        Reading(task, handler, sock, counters, orders, log).run()
 
 
 if __name__ == "__main__":
