@@ -15,6 +15,7 @@ from typing import Literal
 import msgspec
 
 import fastrecv
+from fastrecv.workers import notify
 from fastrecv.workers.orders import LONGEST
 from fastrecv.workers.settings import Task
 
@@ -47,7 +48,8 @@ class Process:
                 theirs_fd = theirs.fileno()
                 self._popen = subprocess.Popen(  # noqa: S603 - ourselves
                     [sys.executable, *_safe(), "-m", "fastrecv.workers.worker", str(theirs_fd)],
-                    pass_fds=[theirs_fd, task.counters, task.socket], stdin=subprocess.DEVNULL, env=os.environ | ALONE,
+                    pass_fds=[theirs_fd, task.counters, task.socket], stdin=subprocess.DEVNULL,
+                    env=notify.without(os.environ) | ALONE,
                     start_new_session=True,  # Ctrl-C is for the supervisor
                 )  # fmt: skip
             self.pidfd = os.pidfd_open(self._popen.pid)

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 
+from fastrecv.workers import logs
 from fastrecv.workers.counters import Row
 from fastrecv.workers.process import Process, ending
 
@@ -34,7 +35,7 @@ class Slot:
         log: logging.Logger, seconds: float,
     ) -> None:  # fmt: skip
         self.number, self.sock, self.own, self.row = number, sock, own, row
-        self._spawn, self._log, self._seconds = spawn, log, seconds
+        self._spawn, self._log, self._seconds = spawn, logs.about(number, log), seconds
         self.reader: Process | None = None
         self.successor: Process | None = None
         self._going: list[Process] = []  # who have read for the last time, and have not ended

@@ -16,7 +16,8 @@ from fastrecv.steerable import described
 from fastrecv.workers import logs, opening
 from fastrecv.workers.counters import Counters
 from fastrecv.workers.fleet import Fleet
-from fastrecv.workers.settings import Settings, Task, identity
+from fastrecv.workers.notify import Manager
+from fastrecv.workers.settings import Settings, Task, attributes, identity
 from fastrecv.workers.signals import Signals
 from fastrecv.workers.slots import Slot
 from fastrecv.workers.steering import Steering
@@ -35,7 +36,7 @@ class Supervisor:
     once. SIGHUP: new workers in the place of all, one after the other, with the code as it is then. SIGTTIN, SIGTTOU:
     one worker more, or less.
 
-    The calling process gives up all capabilities but those that restarting and resizing take: `_kept`. ValueError for
+    The calling process gives up all capabilities but those that restarting and resizing take: `_kept`. SettingError for
     settings that cannot be; OSErrors, with nothing left behind, where the service cannot begin: StateError also where
     its handler cannot be imported; privileges.OtherThreadsError where the process has threads.
     """
@@ -43,8 +44,9 @@ class Supervisor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._identity = identity(settings.user, settings.group)
+        self._attributes = attributes(settings)
         self._policy = Policy.parse(settings.policy)
-        self._log = logs.opened("supervisor")
+        self._log = logs.opened(settings.log_format)
         self._at_once = False
         self._end_by = 0.0
 
@@ -52,13 +54,16 @@ class Supervisor:
         """Exit code: 0 stopped as told; 1 all workers were given up, or had to be killed with their queues unread."""
         privileges.refuse_threads()
         privileges.check_becoming(self._identity.user, self._identity.group)
+        self._attributes.check()
         with contextlib.ExitStack() as stack:
             signals = stack.enter_context(Signals(_SIGNALS))
+            self._manager = stack.enter_context(Manager())
             self._counters = stack.enter_context(Counters())
             self._fleet = self._open(stack)
             while not self._over():
                 self._wait(signals)
                 self._fleet.act()
+                self._manager.act(self._fleet, self._counters)
             return self._result()
 
     # Beginning and end
@@ -78,7 +83,7 @@ class Supervisor:
         fleet = Fleet(self._settings, steering, self._counters, self._log, self._task)
         stack.callback(fleet.close)
         stack.callback(steering.close)
-        privileges.keep_only(*self._kept(members[0].getsockname()[1]))
+        privileges.keep_only(*self._kept(members[0].getsockname()[1]), inherited=True)
         where, count = described(members[0]), len(members)
         self._log.info("process %d: %s, %d worker%s", os.getpid(), where, count, "s" if count > 1 else "")
         if (os.geteuid() if self._identity.user is None else self._identity.user) == 0:
@@ -88,7 +93,7 @@ class Supervisor:
 
     def _kept(self, port: int) -> list[int]:
         """The capabilities that restarting and resizing take."""
-        found = []
+        found = self._attributes.privileges
         if self._identity.group is not None:
             found.append(privileges.CAP_SETGID)
         if self._identity.user is not None:  # whose processes only who may can kill
@@ -100,7 +105,9 @@ class Supervisor:
         return found
 
     def _task(self, slot: Slot) -> Task:
-        return Task(self._settings, slot.number, self._counters.fd, slot.sock.fileno(), self._identity)
+        return Task(
+            self._settings, slot.number, self._counters.fd, slot.sock.fileno(), self._identity, self._attributes
+        )
 
     def _over(self) -> bool:
         if self._at_once:
@@ -110,6 +117,7 @@ class Supervisor:
         return self._fleet.given_up
 
     def _result(self) -> int:
+        self._manager.stopping()
         self._fleet.kill()
         rows = self._counters.read()
         total = {name: int(rows[name].sum()) for name in ("datagrams", "handled", "failed", "killed")}
@@ -158,5 +166,6 @@ class Supervisor:
             return
         elif number == signal.SIGHUP:
             fleet.restart()
+            self._manager.reloading()
         else:
             fleet.scale(fleet.wanted + (1 if number == signal.SIGTTIN else -1))
