@@ -15,9 +15,11 @@ __all__ = [
     "CAP_NET_BIND_SERVICE",
     "CAP_SETGID",
     "CAP_SETUID",
+    "CAP_SYS_NICE",
+    "CAP_SYS_RESOURCE",
     "OtherThreadsError",
     "check_becoming",
-    "hand_on",
+    "has",
     "is_privileged_port",
     "keep_only",
     "refuse_threads",
@@ -25,6 +27,7 @@ __all__ = [
 
 # include/uapi/linux/capability.h
 CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_BPF = 5, 6, 7, 10, 12, 39
+CAP_SYS_NICE, CAP_SYS_RESOURCE = 23, 24
 _VERSION_3 = 0x20080522  # the same
 # include/uapi/linux/prctl.h
 _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 2, 4
@@ -35,31 +38,28 @@ class OtherThreadsError(RuntimeError):
     """Capabilities are a thread's own, and there are other threads."""
 
 
-def keep_only(*capabilities: int) -> None:
+def keep_only(*capabilities: int, inherited: bool = False) -> None:
     """Give up every capability but these, for good; threads that the caller starts afterwards have no more.
 
-    Those of `capabilities` that the caller does not have stay missing. OtherThreadsError where there are other
+    inherited : what it executes has them, too, as root's programs have them anyway. Those of `capabilities` that the caller does not have stay missing. OtherThreadsError where there are other
     threads: each has capabilities of its own. What a user may do by his id, root above all, he still may.
     """
     refuse_threads()
     kept = sum(1 << number for number in capabilities) & _sets()[1]
-    low, high = kept & 0xFFFFFFFF, kept >> 32
+    ambient = kept if inherited else 0
+    words = (kept & 0xFFFFFFFF,) * 2 + (ambient & 0xFFFFFFFF,) + (kept >> 32,) * 2 + (ambient >> 32,)
+    header = _header()
     _checked("prctl", _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
     _checked("prctl", _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))  # what root executes would get all back
-    _set(low, low, 0, high, high, 0)
-
-
-def hand_on() -> None:
-    """Let the program that the caller executes next have the capabilities that it has; root has them anyway.
-
-    Those that file capabilities or no_new_privs would take away stay as ambient ones (capabilities(7)).
-    """
-    permitted = _sets()[1]
-    low, high = permitted & 0xFFFFFFFF, permitted >> 32
-    _set(low, low, low, high, high, high)
-    for number in range(64):
-        if permitted >> number & 1:
+    _checked("capset", _libc.capset(header, ctypes.create_string_buffer(struct.pack("6I", *words))))
+    for number in capabilities:
+        if ambient & 1 << number:
             _checked("prctl", _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, number, 0, 0))
+
+
+def has(capability: int) -> bool:
+    """Whether the calling thread has it in effect."""
+    return bool(_sets()[0] & 1 << capability)
 
 
 def check_becoming(user: int | None, group: int | None) -> None:

@@ -5,51 +5,93 @@ from __future__ import annotations
 from typing import Any
 
 import click
+import msgspec
 
+from fastrecv.cli import output
 from fastrecv.workers import Settings, Supervisor
-from fastrecv.workers.settings import MAX_WORKERS
+from fastrecv.workers.config import FILE, Config, ConfigError, gathered
+from fastrecv.workers.settings import MAX_WORKERS, SettingError
 
 __all__ = ["run"]
 
+_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(Settings)}
+
+
+def _by_default(name: str, text: str) -> str:
+    """The help of an option whose default is that of the setting: given to click it would hide file and environment."""
+    return f"{text}  [default: {_DEFAULTS[name]}]"
+
 
 @click.command()
-@click.argument("handler", metavar="PACKAGE.MODULE:NAME")
+@click.argument("handler", metavar="[PACKAGE.MODULE:NAME]", required=False)
+@click.option("-c", "--config", metavar="FILE", help=f"A TOML file of settings.  [default: {FILE}]")
 @click.option("-b", "--bind", metavar="ADDRESS:PORT", help="[ADDRESS]:PORT for IPv6.  [default: what systemd passes]")
 @click.option("-w", "--workers", type=click.IntRange(1, MAX_WORKERS),
               help="Each has a socket of its own.  [default: 1, or as many as systemd passes sockets]")  # fmt: skip
-@click.option("--policy", default="source", show_default=True,
-              help="Whose datagrams stay with one worker: source[/BITS4[/BITS6]], source+port, flow, destination, "
-              "payload[OFFSET:LENGTH], quic[LENGTH], cpu, random.")  # fmt: skip
+@click.option("--policy", help=_by_default("policy",
+              "Whose datagrams stay with one worker: source[/BITS4[/BITS6]], source+port, flow, destination, "
+              "payload[OFFSET:LENGTH], quic[LENGTH], cpu, random."))  # fmt: skip
 @click.option("--user", metavar="NAME", help="Whom workers become.  [default: who calls]")
 @click.option("--group", metavar="NAME", help="[default: the user's]")
-@click.option("--timeout", type=float, default=30.0, show_default=True,
-              help="Seconds without a sign of life until a worker is replaced; 0: for ever.")  # fmt: skip
-@click.option("--graceful-timeout", type=float, default=30.0, show_default=True,
-              help="Seconds that workers have to stop in.")  # fmt: skip
-@click.option("--batch-size", type=int, default=64, show_default=True, help="Datagrams of a batch at most.")
+@click.option("--timeout", type=float, help=_by_default("timeout",
+              "Seconds without a sign of life until a worker is replaced; 0: for ever."))  # fmt: skip
+@click.option("--graceful-timeout", type=float, help=_by_default("graceful_timeout",
+              "Seconds that workers have to stop in."))  # fmt: skip
+@click.option("--batch-size", type=int, help=_by_default("batch_size", "Datagrams of a batch at most."))
 @click.option("--receive-buffer", type=int, metavar="BYTES",
               help="Of each socket, for what waits meanwhile.  [default: net.core.rmem_default]")  # fmt: skip
-@click.option("--on-error", type=click.Choice(["continue", "exit"]), default="continue", show_default=True,
-              help="What a worker does when its handler raises an exception.")  # fmt: skip
-@click.option("--given-up", type=click.Choice(["move", "wait"]), default="move", show_default=True,
-              help="What becomes of the senders of a worker that dies at once, again and again.")  # fmt: skip
-def run(**options: Any) -> int:
+@click.option("--on-error", type=click.Choice(["continue", "exit"]), help=_by_default("on_error",
+              "What a worker does when its handler raises an exception."))  # fmt: skip
+@click.option("--given-up", type=click.Choice(["move", "wait"]), help=_by_default("given_up",
+              "What becomes of the senders of a worker that dies at once, again and again."))  # fmt: skip
+@click.option("--cpus", metavar="LIST", help="CPUs of workers, one each, round and round, like 0-3,6.  [default: any]")
+@click.option("--nice", type=int, help="Of workers, -20 to 19.  [default: as nice as who calls]")
+@click.option("--limit", "limits", metavar="NAME=VALUE", multiple=True,
+              help="Of each worker, by setrlimit(2), soft and hard: nofile=1024, as=1G, core=unlimited.")  # fmt: skip
+@click.option("--log-format", type=click.Choice(["text", "json"]), help=_by_default("log_format",
+              "Of what is said on standard error: lines, or a JSON object a line."))  # fmt: skip
+@click.option("--check", is_flag=True, help="Print the settings that would hold, and where each comes from.")
+@output.json_option
+def run(config: str | None, check: bool, as_json: bool, **options: Any) -> int:
     """Serve datagrams by worker processes whose sockets outlive them.
 
     The handler is a function handle(batch), plain or async; a class with handle(batch) and perhaps start() and stop();
     or serve(sockets), with a loop of its own. It is imported by the workers only, without capabilities.
 
+    Every option has the same name in a TOML file (receive-buffer = 8388608; [limits] is a table) and in the environment
+    (FASTRECV_RECEIVE_BUFFER; FASTRECV_LIMITS="nofile=1024,core=0"). Options come before the environment, and that
+    before the file.
+
     TERM or INT: stop, queues are read to their end. QUIT: at once. HUP: restart the workers with new code, one after
     the other. TTIN, TTOU: one worker more or less.
 
     Exit codes: 0 stopped; 1 it could not begin, all workers were given up, or queues were lost at the deadline; 2
-    usage; 77 a privilege is missing.
+    usage, or settings that make no sense; 77 a privilege is missing.
 
     \b
     fastrecv run -b 0.0.0.0:2055 -w 4 --user nobody mypkg.collector:handle
+    fastrecv run --config collector.toml --workers 8
     """  # noqa: D301 - click wants the character
+    if as_json and not check:
+        raise click.UsageError("--json is for --check: a running service has --log-format json")
     try:
-        supervisor = Supervisor(Settings(**options))
-    except ValueError as error:
+        found = gathered(options, config)
+    except ConfigError as error:
         raise click.UsageError(str(error)) from None
+    try:
+        supervisor = Supervisor(found.settings)
+    except SettingError as error:
+        raise click.UsageError(found.explained(error)) from None
+    if check:
+        _print(found, as_json)
+        return 0
     return supervisor.run()
+
+
+def _print(found: Config, as_json: bool) -> None:
+    if as_json:
+        output.as_json({key: {"value": value, "source": source} for key, value, source in found.rows()})
+        return
+    output.table(("setting", "value", "source"), [
+        (key, "-" if value is None else str(value), source) for key, value, source in found.rows()
+    ])  # fmt: skip

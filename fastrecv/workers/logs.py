@@ -1,26 +1,59 @@
-"""The log of a service: on standard error, a line an event with time, level and who says it."""
+"""The log of a service, on standard error: a line an event for people, or a JSON object a line."""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import sys
 import time
+from datetime import UTC, datetime
+from typing import Literal
 
-__all__ = ["Limited", "opened"]
+__all__ = ["Limited", "LogFormat", "about", "opened"]
 
+LogFormat = Literal["text", "json"]
 _FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
 
 
-def opened(name: str) -> logging.Logger:
-    """The log under this name: "supervisor", or "worker 3 [4711]"."""
-    log = logging.getLogger(name)
+class _Json(logging.Formatter):
+    """An object of time (RFC 3339, UTC), level, name (supervisor, worker), pid of who says it, message.
+
+    Where they apply: slot, whose worker says it or is spoken of; exception, the text of its traceback.
+    """
+
+    def __init__(self, slot: int | None) -> None:
+        super().__init__()
+        self._slot = slot
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        said: dict[str, object] = {
+            "time": when.replace("+00:00", "Z"), "level": record.levelname.lower(), "name": record.name.split()[0],
+            "pid": record.process, "message": record.getMessage(),
+        }  # fmt: skip
+        slot = getattr(record, "slot", self._slot)
+        if slot is not None:
+            said["slot"] = slot
+        if record.exc_info:
+            said["exception"] = self.formatException(record.exc_info)
+        return json.dumps(said, ensure_ascii=False)
+
+
+def opened(form: LogFormat, slot: int | None = None) -> logging.Logger:
+    """The log of this process: the worker of a slot, or the supervisor."""
+    log = logging.getLogger("supervisor" if slot is None else f"worker {slot} [{os.getpid()}]")
     if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(_FORMAT, "%Y-%m-%d %H:%M:%S"))
-        log.addHandler(handler)
+        log.addHandler(logging.StreamHandler(sys.stderr))
         log.setLevel(logging.INFO)
         log.propagate = False  # what the service's code does with the root logger is its own affair
+    log.handlers[0].setFormatter(_Json(slot) if form == "json" else logging.Formatter(_FORMAT, "%Y-%m-%d %H:%M:%S"))
     return log
+
+
+def about(slot: int, log: logging.Logger) -> logging.LoggerAdapter[logging.Logger]:
+    """The same log, for what is said of the worker of a slot."""
+    return logging.LoggerAdapter(log, {"slot": slot})
 
 
 class Limited:

@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 
 import fastrecv
+from fastrecv.workers import notify
 from fastrecv.workers.orders import LONGEST
 from fastrecv.workers.settings import Task
 
@@ -67,7 +68,7 @@ class Process:
             words = [sys.executable, *_safe(), "-m", "fastrecv.workers.worker", str(theirs.fileno())]
             kept = (theirs.fileno(), task.counters, task.socket, task.snapshots)
             try:
-                pid = executed(words, kept, os.environ | ALONE, devnull=True)
+                pid = executed(words, kept, notify.without(os.environ) | ALONE, devnull=True)
             except BaseException:
                 ours.close()
                 raise

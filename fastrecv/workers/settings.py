@@ -1,4 +1,4 @@
-"""What a supervised service may be told: one record, whose names the command line has, too."""
+"""What a supervised service may be told: one record, whose names command line, environment and files have, too."""
 
 from __future__ import annotations
 
@@ -6,24 +6,39 @@ import grp
 import math
 import os
 import pwd
+from collections.abc import Callable
 from ipaddress import ip_address
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
 from fastrecv._recv import MAX_BATCH
 from fastrecv.policies import Policy
+from fastrecv.workers.attributes import Attributes, allowed, limit, listed
+from fastrecv.workers.logs import LogFormat
 
-__all__ = ["MAX_WORKERS", "Identity", "Settings", "Task", "identity", "parsed"]
+__all__ = ["MAX_WORKERS", "Identity", "SettingError", "Settings", "Task", "attributes", "identity", "parsed"]
 
 MAX_WORKERS = 128
 """As many as a balancer has slots (bpf/balance.h)."""
 _MAX_BUFFER = (1 << 30) - 1  # INT_MAX / 2: the kernel doubles it
 _NO_ID = (1 << 32) - 1  # setresuid(2) takes it for none
+_Read = TypeVar("_Read")
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a service is to be. ValueError for what cannot be.
+class SettingError(ValueError):
+    """A setting cannot be what it is.
+
+    Attributes: name, the setting's, or "limits." and a limit's; reason, which says what it can be.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    """What a service is to be. SettingError for what cannot be.
 
     handler : "package.module:name" (fastrecv.workers.handlers). bind : ADDRESS:PORT, numeric, [ADDRESS]:PORT for IPv6;
     None takes the sockets that systemd passes. workers : None: as many as systemd passes sockets, else 1.
@@ -32,7 +47,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     graceful_timeout : seconds to stop in, until it is killed. batch_size : datagrams of a batch at most.
     receive_buffer : bytes, of each socket (SO_RCVBUF, socket(7)); None leaves it to the kernel. on_error : whether a
     worker whose handler raises an exception goes on. given_up : whether the senders of a worker that dies at once again
-    and again move to the others, or wait for a rolling restart.
+    and again move to the others, or wait for a rolling restart. cpus : of workers, like "0-3,6": that of slot i gets
+    the i-th, round and round; None: those of the supervisor. nice : of workers (setpriority(2)), -20 to 19; below the
+    supervisor's it takes CAP_SYS_NICE. limits : of workers, soft and hard, by the names of setrlimit(2) in lower case:
+    {"nofile": 1024, "as": "1G", "core": "unlimited"}; above the hard ones it takes CAP_SYS_RESOURCE. log_format : of
+    standard error, lines for people or a JSON object a line (fastrecv.workers.logs).
     """
 
     handler: str
@@ -47,17 +66,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     receive_buffer: int | None = None
     on_error: Literal["continue", "exit"] = "continue"
     given_up: Literal["move", "wait"] = "move"
+    cpus: str | None = None
+    nice: int | None = None
+    limits: dict[str, int | str] = {}
+    log_format: LogFormat = "text"
 
     def __post_init__(self) -> None:
         if self.bind is not None:
-            parsed(self.bind)
-        Policy.parse(self.policy)
+            _read("bind", parsed, self.bind)
+        _read("policy", Policy.parse, self.policy)
+        if self.cpus is not None:
+            _read("cpus", listed, self.cpus)
+        _within("nice", self.nice, -20, 19)
+        _limits(self.limits)
         _within("workers", self.workers, 1, MAX_WORKERS)
         _within("batch_size", self.batch_size, 1, MAX_BATCH)
         _within("receive_buffer", self.receive_buffer, 1, _MAX_BUFFER)
         for name, value in (("timeout", self.timeout), ("graceful_timeout", self.graceful_timeout)):
             if not (math.isfinite(value) and 0 <= value <= 86400):
-                raise ValueError(f"{name} is {value}: give 0 to 86400 seconds")
+                raise SettingError(name, f"{value} is out of range: give 0 to 86400 seconds")
 
 
 class Identity(NamedTuple):
@@ -82,11 +109,24 @@ class Task(msgspec.Struct, frozen=True):
     own: bool
     snapshots: int
     identity: Identity
+    attributes: Attributes
 
 
 def _within(name: str, value: int | None, low: int, high: int) -> None:
     if value is not None and not low <= value <= high:
-        raise ValueError(f"{name} is {value}: give {low:,} to {high:,}")
+        raise SettingError(name, f"{value} is out of range: give {low:,} to {high:,}")
+
+
+def _read(name: str, reader: Callable[..., _Read], *words: object) -> _Read:
+    """What is made of the words of a setting; SettingError for the reader's ValueError."""
+    try:
+        return reader(*words)
+    except ValueError as error:
+        raise SettingError(name, str(error)) from None
+
+
+def _limits(limits: dict[str, int | str]) -> dict[int, int]:
+    return dict(_read(f"limits.{name}", limit, name, value) for name, value in limits.items())
 
 
 def parsed(bind: str) -> tuple[str, int]:
@@ -102,8 +142,14 @@ def parsed(bind: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def attributes(settings: Settings) -> Attributes:
+    """Those of the workers of these settings. SettingError for a CPU that this process may not run on."""
+    cpus = [] if settings.cpus is None else _read("cpus", allowed, settings.cpus)
+    return Attributes(cpus, settings.nice, _limits(settings.limits))
+
+
 def identity(user: str | None, group: str | None) -> Identity:
-    """Whom the workers of these settings become. ValueError for a user or a group that does not exist."""
+    """Whom the workers of these settings become. SettingError for a user or a group that does not exist."""
     if user is None:
         return Identity(None, None, []) if group is None else Identity(None, _group(group), [_group(group)])
     entry: pwd.struct_passwd | None = None
@@ -111,10 +157,10 @@ def identity(user: str | None, group: str | None) -> Identity:
         entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
     except (KeyError, OverflowError):
         if not user.isdecimal() or int(user[:11]) >= _NO_ID:
-            raise ValueError(f"there is no user {user!r}") from None
+            raise SettingError("user", f"there is no user {user!r}") from None
     if entry is None:  # a number without a name
         if group is None:
-            raise ValueError(f"user {user} has no entry that names its group: give the group, too")
+            raise SettingError("user", f"user {user} has no entry that names its group: give the group, too")
         return Identity(int(user), _group(group), [_group(group)])
     own = entry.pw_gid if group is None else _group(group)
     return Identity(entry.pw_uid, own, sorted(os.getgrouplist(entry.pw_name, own)))
@@ -126,4 +172,4 @@ def _group(group: str) -> int:
     try:
         return grp.getgrnam(group).gr_gid
     except KeyError:
-        raise ValueError(f"there is no group {group!r}") from None
+        raise SettingError("group", f"there is no group {group!r}") from None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from fastrecv.workers import logs
 from fastrecv.workers.counters import Row
 from fastrecv.workers.process import Process, ending
 from fastrecv.workers.process import Record as ProcessRecord
@@ -57,7 +58,7 @@ class Slot:
         log: logging.Logger, seconds: float,
     ) -> None:  # fmt: skip
         self.number, self.sock, self.own, self.row, self.snapshots = number, sock, own, row, snapshots
-        self._spawn, self._log, self._seconds = spawn, log, seconds
+        self._spawn, self._log, self._seconds = spawn, logs.about(number, log), seconds
         self.reader: Process | None = None
         self.successor: Process | None = None
         self._going: list[Process] = []  # who have read for the last time, and have not ended

@@ -16,7 +16,6 @@ from typing import NoReturn
 
 import msgspec
 
-from fastrecv import privileges
 from fastrecv.errors import StateError
 from fastrecv.workers import fleet, steering
 from fastrecv.workers.process import ending, executed, exit_status
@@ -142,7 +141,6 @@ def execute(record: Record) -> NoReturn:
         for one in kept:
             os.set_inheritable(one, True)
         try:
-            privileges.hand_on()
             os.execve(sys.executable, _command(), os.environ | {_VARIABLE: str(fd)})  # noqa: S606 - ourselves
         finally:
             for one in kept:

@@ -17,7 +17,8 @@ from fastrecv.steerable import described
 from fastrecv.workers import logs, opening, succession
 from fastrecv.workers.counters import Counters
 from fastrecv.workers.fleet import Fleet
-from fastrecv.workers.settings import Settings, Task, identity
+from fastrecv.workers.notify import Manager
+from fastrecv.workers.settings import Settings, Task, attributes, identity
 from fastrecv.workers.signals import Signals
 from fastrecv.workers.slots import Slot
 from fastrecv.workers.steering import Steering
@@ -39,7 +40,7 @@ class Supervisor:
     one worker more, or less. SIGUSR2: the code and the configuration of now in the place of this process's, by the
     command line that it was started with, where a child finds that they can; workers go on meanwhile.
 
-    The calling process gives up all capabilities but those that restarting and resizing take: `_kept`. ValueError for
+    The calling process gives up all capabilities but those that restarting and resizing take: `_kept`. SettingError for
     settings that cannot be; OSErrors, with nothing left behind, where the service cannot begin: StateError also where
     its handler cannot be imported; privileges.OtherThreadsError where the process has threads.
     """
@@ -47,8 +48,9 @@ class Supervisor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._identity = identity(settings.user, settings.group)
+        self._attributes = attributes(settings)
         self._policy = Policy.parse(settings.policy)
-        self._log = logs.opened("supervisor")
+        self._log = logs.opened(settings.log_format)
         self._at_once = False
         self._end_by = 0.0
         self._check: Check | None = None
@@ -57,18 +59,20 @@ class Supervisor:
         """Exit code: 0 stopped as told; 1 all workers were given up, or had to be killed with their queues unread."""
         privileges.refuse_threads()
         privileges.check_becoming(self._identity.user, self._identity.group)
+        self._attributes.check()
         before = succession.inherited(self._settings)
         if before is not None and before.checking:
             self._resume(before)
             return 0
         with contextlib.ExitStack() as stack:
             signals = stack.enter_context(Signals(_SIGNALS))
+            self._manager = stack.enter_context(Manager())
             if before is None:
                 self._open(stack)
             else:
                 self._resume(before)
             stack.callback(self._close)
-            privileges.keep_only(*self._kept())
+            privileges.keep_only(*self._kept(), inherited=True)
             self._report()
             if before is None:
                 self._fleet.begin()
@@ -77,6 +81,7 @@ class Supervisor:
             while not self._over():
                 self._wait(signals)
                 self._fleet.act()
+                self._manager.act(self._fleet, self._counters)
             return self._result()
 
     # Beginning and end
@@ -127,7 +132,7 @@ class Supervisor:
 
     def _kept(self) -> list[int]:
         """The capabilities that restarting and resizing take."""
-        found = []
+        found = self._attributes.privileges
         if self._identity.group is not None:
             found.append(privileges.CAP_SETGID)
         if self._identity.user is not None:  # whose processes only who may can kill
@@ -148,8 +153,9 @@ class Supervisor:
 
     def _task(self, slot: Slot) -> Task:
         return Task(
-            self._settings, slot.number, self._counters.fd, slot.sock.fileno(), slot.own, slot.snapshots, self._identity
-        )
+            self._settings, slot.number, self._counters.fd, slot.sock.fileno(), slot.own, slot.snapshots,
+            self._identity, self._attributes,
+        )  # fmt: skip
 
     def _over(self) -> bool:
         if self._at_once:
@@ -159,6 +165,7 @@ class Supervisor:
         return self._fleet.given_up
 
     def _result(self) -> int:
+        self._manager.stopping()
         self._fleet.kill()
         rows = self._counters.read()
         total = {name: int(rows[name].sum()) for name in ("datagrams", "handled", "failed", "killed")}
@@ -213,6 +220,7 @@ class Supervisor:
             self._check = self._check or Check(self._record())
         elif number == signal.SIGHUP:
             fleet.restart()
+            self._manager.reloading()
         else:
             fleet.scale(fleet.wanted + (1 if number == signal.SIGTTIN else -1))
 

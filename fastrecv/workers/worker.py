@@ -37,6 +37,7 @@ def main(fd: int) -> int:
             signal.signal(number, _ignore)
         orders = Orders(sock, lambda: _forsaken(task))
         try:
+            task.attributes.apply(task.slot)
             become(task.identity)
             sys.path.insert(0, str(Path.cwd()))
             _work(task, load(task.settings.handler), orders)
@@ -75,7 +76,7 @@ def become(identity: Identity) -> None:
 
 
 def _work(task: Task, handler: Handler, orders: Orders) -> None:
-    log = logs.opened(f"worker {task.slot} [{os.getpid()}]")
+    log = logs.opened(task.settings.log_format, task.slot)
     with socket.socket(fileno=task.socket) as sock, Counters(task.counters) as counters:
         Reading(task, handler, sock, counters, orders, log).run()
 

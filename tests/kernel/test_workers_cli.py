@@ -36,7 +36,7 @@ def folder(ns: Namespace, tmp_path: Path) -> Path:
         (["a:b", "-b", "127.0.0.1:53", "--group", "nonsense"], "there is no group 'nonsense'"),
         (["a:b", "-b", "127.0.0.1:53", "-w", "0"], "0 is not in the range"),
         (["a:b", "-b", "127.0.0.1:53", "--policy", "sauce"], "policy 'sauce'"),
-        (["a:b", "-b", "127.0.0.1:53", "--timeout", "-1"], "timeout is -1.0"),
+        (["a:b", "-b", "127.0.0.1:53", "--timeout", "-1"], "--timeout: -1.0 is out of range"),
         ([], "Missing argument"),
     ],
 )
