@@ -41,8 +41,10 @@ class OtherThreadsError(RuntimeError):
 def keep_only(*capabilities: int, inherited: bool = False) -> None:
     """Give up every capability but these, for good; threads that the caller starts afterwards have no more.
 
-    inherited : what it executes has them, too, as root's programs have them anyway. Those of `capabilities` that the caller does not have stay missing. OtherThreadsError where there are other
-    threads: each has capabilities of its own. What a user may do by his id, root above all, he still may.
+    inherited : what it executes has them, too, as root's programs have them anyway.
+
+    Those of `capabilities` that the caller does not have stay missing. OtherThreadsError where there are other threads:
+    each has capabilities of its own. What a user may do by his id, root above all, he still may.
     """
     refuse_threads()
     kept = sum(1 << number for number in capabilities) & _sets()[1]
