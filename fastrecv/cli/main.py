@@ -23,6 +23,7 @@ from fastrecv.cli.listen import listen
 from fastrecv.cli.lookup import lookup
 from fastrecv.cli.run import run as run_service
 from fastrecv.cli.watch import watch
+from fastrecv.cli.workers import workers
 from fastrecv.errors import NotSupported
 from fastrecv.rules import RuleSetError
 
@@ -57,6 +58,7 @@ fastrecv.add_command(listen)
 fastrecv.add_command(connect)
 fastrecv.add_command(watch)
 fastrecv.add_command(run_service)
+fastrecv.add_command(workers)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

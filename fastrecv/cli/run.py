@@ -33,6 +33,10 @@ __all__ = ["run"]
               help="What a worker does when its handler raises an exception.")  # fmt: skip
 @click.option("--given-up", type=click.Choice(["move", "wait"]), default="move", show_default=True,
               help="What becomes of the senders of a worker that dies at once, again and again.")  # fmt: skip
+@click.option("--control", metavar="PATH",
+              help="Socket for `fastrecv workers` and `fastrecv top`.  [default: PORT.sock in $RUNTIME_DIRECTORY, else "
+              "as root in /run/fastrecv, else in $XDG_RUNTIME_DIR/fastrecv]")  # fmt: skip
+@click.option("--metrics", metavar="ADDRESS:PORT", help="Serve /metrics, /healthz, /readyz over HTTP.  [default: not]")
 def run(**options: Any) -> int:
     """Serve datagrams by worker processes whose sockets outlive them.
 

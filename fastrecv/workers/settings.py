@@ -19,6 +19,7 @@ __all__ = ["MAX_WORKERS", "Identity", "Settings", "Task", "identity", "parsed"]
 MAX_WORKERS = 128
 """As many as a balancer has slots (bpf/balance.h)."""
 _MAX_BUFFER = (1 << 30) - 1  # INT_MAX / 2: the kernel doubles it
+_LONGEST_PATH = 107  # sizeof(sun_path) - 1, unix(7)
 _NO_ID = (1 << 32) - 1  # setresuid(2) takes it for none
 
 
@@ -32,7 +33,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     graceful_timeout : seconds to stop in, until it is killed. batch_size : datagrams of a batch at most.
     receive_buffer : bytes, of each socket (SO_RCVBUF, socket(7)); None leaves it to the kernel. on_error : whether a
     worker whose handler raises an exception goes on. given_up : whether the senders of a worker that dies at once again
-    and again move to the others, or wait for a rolling restart.
+    and again move to the others, or wait for a rolling restart. control : path of the control socket; None: see
+    fastrecv.workers.control.default_path. metrics : ADDRESS:PORT of the HTTP endpoint; None: there is none.
     """
 
     handler: str
@@ -47,10 +49,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     receive_buffer: int | None = None
     on_error: Literal["continue", "exit"] = "continue"
     given_up: Literal["move", "wait"] = "move"
+    control: str | None = None
+    metrics: str | None = None
 
     def __post_init__(self) -> None:
-        if self.bind is not None:
-            parsed(self.bind)
+        for address in (self.bind, self.metrics):
+            if address is not None:
+                parsed(address)
+        if self.control is not None and not 0 < len(os.fsencode(self.control)) <= _LONGEST_PATH:
+            raise ValueError(f"control is {self.control!r}: give a path of 1 to {_LONGEST_PATH} bytes")
         Policy.parse(self.policy)
         _within("workers", self.workers, 1, MAX_WORKERS)
         _within("batch_size", self.batch_size, 1, MAX_BATCH)

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Sequence
 from errno import EPERM
+from typing import Literal
 
 from fastrecv import reuseport
 from fastrecv.balance import Balancer
@@ -14,7 +15,10 @@ from fastrecv.classic import Filter
 from fastrecv.errors import BpfError, SocketRefusedError
 from fastrecv.policies import Policy
 
-__all__ = ["Steering"]
+__all__ = ["Chooser", "Steering"]
+
+Chooser = Literal["balancer", "classic", "hash"]
+"""Who decides: the balancer's program, classic BPF, or the kernel's hash of both ends."""
 
 _FREED = 5.0  # seconds
 _GRACE = 0.1  # seconds: a grace period of RCU takes some 10 ms
@@ -47,6 +51,12 @@ class Steering:
             log.warning("without CAP_BPF: classic BPF by %s, so a worker more or less moves nearly all senders", policy)
         else:
             log.info("senders are balanced by %s", policy)
+
+    @property
+    def chooser(self) -> Chooser:
+        if self._by is None:
+            return "hash"
+        return "balancer" if isinstance(self._by, Balancer) else "classic"
 
     def join(self, slot: int, member: socket.socket) -> None:
         """A new member, the last of all, gets a slot; senders only with `share`."""

@@ -15,10 +15,12 @@ from fastrecv.sockets import receive_buffer_limit
 from fastrecv.steerable import described
 from fastrecv.workers import logs, opening
 from fastrecv.workers.counters import Counters
+from fastrecv.workers.doors import Doors
 from fastrecv.workers.fleet import Fleet
 from fastrecv.workers.settings import Settings, Task, identity
 from fastrecv.workers.signals import Signals
 from fastrecv.workers.slots import Slot
+from fastrecv.workers.status import Service, taken
 from fastrecv.workers.steering import Steering
 
 __all__ = ["Supervisor"]
@@ -47,6 +49,7 @@ class Supervisor:
         self._log = logs.opened("supervisor")
         self._at_once = False
         self._end_by = 0.0
+        self._began = time.monotonic()
 
     def run(self) -> int:
         """Exit code: 0 stopped as told; 1 all workers were given up, or had to be killed with their queues unread."""
@@ -69,20 +72,23 @@ class Supervisor:
         for sock in passed:
             stack.enter_context(sock)
         members = opening.members(self._settings, passed)
+        port = members[0].getsockname()[1]
         try:
-            steering = Steering(self._policy, members, self._log, passed=bool(passed))
+            self._doors = stack.enter_context(Doors(self._settings, port, self, self._log))
+            self._steering = Steering(self._policy, members, self._log, passed=bool(passed))
         except BaseException:
             for sock in members:
                 sock.close()
             raise
-        fleet = Fleet(self._settings, steering, self._counters, self._log, self._task)
+        fleet = Fleet(self._settings, self._steering, self._counters, self._log, self._task)
         stack.callback(fleet.close)
-        stack.callback(steering.close)
-        privileges.keep_only(*self._kept(members[0].getsockname()[1]))
-        where, count = described(members[0]), len(members)
-        self._log.info("process %d: %s, %d worker%s", os.getpid(), where, count, "s" if count > 1 else "")
+        stack.callback(self._steering.close)
+        privileges.keep_only(*self._kept(port))
+        self._address, count = described(members[0]), len(members)
+        self._log.info("process %d: %s, %d worker%s", os.getpid(), self._address, count, "s" if count > 1 else "")
         if (os.geteuid() if self._identity.user is None else self._identity.user) == 0:
             self._log.warning("workers run as root, though without capabilities: give them a user")
+        self._doors.begin()
         fleet.begin(members, passed)
         return fleet
 
@@ -132,6 +138,7 @@ class Supervisor:
     def _wait(self, signals: Signals) -> None:
         """Wait for whatever comes next, and deal with it."""
         doors: dict[int, Callable[[], object]] = {signals.fileno(): lambda: self._signalled(signals)}
+        doors |= self._doors.watched()
         workers = self._fleet.watched()
         poll = select.poll()
         for fd in (*doors, *workers):
@@ -149,14 +156,36 @@ class Supervisor:
 
     def _told(self, number: signal.Signals) -> None:
         fleet = self._fleet
-        if number == signal.SIGQUIT or (number in _STOPPING and fleet.stopping):
-            self._at_once = True
-        elif number in _STOPPING:
-            self._end_by = time.monotonic() + self._settings.graceful_timeout
-            fleet.stop()
+        if number == signal.SIGQUIT or number in _STOPPING:
+            self.stop(now=number == signal.SIGQUIT or fleet.stopping)
         elif fleet.stopping:
             return
         elif number == signal.SIGHUP:
-            fleet.restart()
+            self.restart()
         else:
-            fleet.scale(fleet.wanted + (1 if number == signal.SIGTTIN else -1))
+            self.scale(fleet.wanted + (1 if number == signal.SIGTTIN else -1))
+
+    # What it can be asked
+
+    def status(self) -> Service:
+        """How it stands."""
+        return taken(
+            self._fleet, self._counters, began=self._began, address=self._address, policy=self._settings.policy,
+            chooser=self._steering.chooser, handler=self._settings.handler,
+        )  # fmt: skip
+
+    def restart(self) -> None:
+        """New workers in the place of all, one after the other."""
+        self._fleet.restart()
+
+    def scale(self, workers: int) -> None:
+        """So many workers, within what can be."""
+        self._fleet.scale(workers)
+
+    def stop(self, *, now: bool) -> None:
+        """Stop when queues have been read to their end; now : at once."""
+        if now:
+            self._at_once = True
+        elif not self._fleet.stopping:
+            self._end_by = time.monotonic() + self._settings.graceful_timeout
+            self._fleet.stop()
