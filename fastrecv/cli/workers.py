@@ -78,7 +78,7 @@ def status(given: Path | None, as_json: bool) -> None:
         return
     click.echo(
         f"{service.address}, {service.handler}: {service.state}, process {service.pid}, {span(service.uptime)}; "
-        f"senders by {service.policy} ({service.chooser}), {service.wanted} workers wanted"
+        f"senders by {service.policy} ({service.chooser}), {counted(service.wanted)} wanted"
     )
     output.table(
         ("worker", "pid", "state", "for", "datagrams", "batch", "handled", "failed", "killed", "ns/datagram", "queue",
@@ -103,6 +103,10 @@ def _row(worker: Worker) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def counted(count: int) -> str:
+    return f"{count} worker{'' if count == 1 else 's'}"
+
+
 def span(seconds: float) -> str:
     """A time span in its two largest units: 3d 4h, 5m 2s, 7s."""
     left = int(seconds)
@@ -124,10 +128,10 @@ def restart(given: Path | None) -> None:
     path = the_service(given)
 
     def left(service: Service) -> str | None:
-        return f"{service.restarting} of {len(service.workers)} workers to restart" if service.restarting else None
+        return f"{service.restarting} of {counted(len(service.workers))} to restart" if service.restarting else None
 
     service = _followed(path, Restart(), left)
-    click.echo(f"all {len(service.workers)} workers are new")
+    click.echo("all workers are new")
 
 
 @workers.command()
@@ -142,15 +146,15 @@ def scale(given: Path | None, count: int) -> None:
         if service.wanted != count or (len(states) <= count and states[-1] == "given up"):
             return None
         settled = len(states) == count and not {"joining", "leaving"}.intersection(states)
-        return None if settled else f"{len(states)} workers, {count} wanted"
+        return None if settled else f"{counted(len(states))}, {count} wanted"
 
     service = _followed(path, Scale(workers=count), left)
     if service.wanted != count:
-        raise StateError(f"meanwhile {service.wanted} workers are wanted")
+        raise StateError(f"somebody else wants {counted(service.wanted)}")
     last = service.workers[-1]
     if last.given_up:
         raise StateError(f"worker {last.slot} is given up: {last.cause}")
-    click.echo(f"{count} workers")
+    click.echo(counted(count))
 
 
 @workers.command()
@@ -164,7 +168,7 @@ def stop(given: Path | None, now: bool) -> None:
     said = ""
     while service is not None:
         busy = sum(worker.pid is not None for worker in service.workers)
-        said = _progress(f"{busy} of {len(service.workers)} workers to stop", said)
+        said = _progress(f"{busy} of {counted(len(service.workers))} to stop", said)
         try:
             service = ask(path, Status())
         except StateError:
