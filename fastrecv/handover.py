@@ -9,14 +9,13 @@ import contextlib
 import os
 import socket
 import socketserver
-import struct
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastrecv import listeners
 from fastrecv.errors import SocketRefusedError, StateError
+from fastrecv.local import connect, peer, remove_stale
 from fastrecv.rules import RuleSetError
 from fastrecv.sockets import path_of, remove_path
 from fastrecv.state import check_label
@@ -48,7 +47,7 @@ class Server(BoundedThreads, socketserver.UnixStreamServer):
     ) -> None:
         self.owners, self.register, self.log = owners, register, log
         self._owned: tuple[int, int, int] | None = None  # the path, once it is ours
-        _remove_stale(Path(path))
+        remove_stale(Path(path))
         before = os.umask(0)  # open to all from the first moment; a chmod of the path could hit another file
         try:
             super().__init__(str(path), _Request)
@@ -60,13 +59,13 @@ class Server(BoundedThreads, socketserver.UnixStreamServer):
 
     def verify_request(self, request: Any, _client_address: object) -> bool:
         """Whether the peer may register for any label at all; the others cost no thread."""
-        _, uid = _peer(request)
+        _, uid = peer(request)
         if uid in (0, os.geteuid()) or any(uid in uids for uids in self.owners.values()):
             return True
         request.setblocking(False)
         with contextlib.suppress(OSError):
             request.send(f"no uid {uid} may not register for any label".encode())
-        self.log(f"? from process {_peer(request)[0]}, uid {uid}: refused: it may not register for any label")
+        self.log(f"? from process {peer(request)[0]}, uid {uid}: refused: it may not register for any label")
         return False
 
     def server_close(self) -> None:
@@ -75,35 +74,13 @@ class Server(BoundedThreads, socketserver.UnixStreamServer):
         super().server_close()
 
 
-def _remove_stale(path: Path) -> None:
-    """Remove the socket file of a server that has ended; OSError where one is listening, or it is something else."""
-    if not path.is_socket():
-        return  # bind says what is wrong with it
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        try:
-            probe.setblocking(False)
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except BlockingIOError:
-            pass  # its queue is full
-        raise StateError(f"{path} is served already")
-
-
-def _peer(connection: socket.socket) -> tuple[int, int]:
-    """Process and user id of the peer, by the kernel (SO_PEERCRED, unix(7))."""
-    pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid, uid
-
-
 class _Request(socketserver.BaseRequestHandler):
     server: Server
     request: socket.socket
 
     def handle(self) -> None:
         self.request.settimeout(_PATIENCE)
-        pid, uid = _peer(self.request)
+        pid, uid = peer(self.request)
         label = "?"
         with contextlib.ExitStack() as stack:  # which has closed every copy before the peer is told
             try:
@@ -132,20 +109,6 @@ class _Request(socketserver.BaseRequestHandler):
         return self.server.register(label, stack.enter_context(listeners.of_descriptors(descriptors)))
 
 
-def _connect(connection: socket.socket, path: str) -> None:
-    """Connect, and while the queue of a server is full, again: AF_UNIX says so at once."""
-    deadline = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            connection.connect(path)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-        else:
-            return
-
-
 def hand_over(path: str | Path, label: str, sockets: Sequence[socket.socket]) -> str:
     """Have sockets registered for a label by the server at `path`; its answer. SocketRefusedError with its reason.
 
@@ -157,7 +120,7 @@ def hand_over(path: str | Path, label: str, sockets: Sequence[socket.socket]) ->
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(4 * _PATIENCE)
         try:
-            _connect(connection, str(path))
+            connect(connection, path, _PATIENCE)
         except OSError as error:
             raise StateError(f"nobody serves {path} ({error.strerror}): start `fastrecv lookup serve {path}`") from None
         try:

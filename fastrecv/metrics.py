@@ -13,7 +13,7 @@ from fastrecv import balance_life
 from fastrecv.lookup import BPFFS, ERRORS, Dispatcher, PathLike
 from fastrecv.rules import FAMILY_NAMES, PROTOCOL_NAMES
 
-__all__ = ["BalancerCollector", "DispatcherCollector", "text"]
+__all__ = ["BalancerCollector", "DispatcherCollector", "build_info", "text"]
 
 _NAMES = ("label", "family", "protocol")
 _SLOT = ("name", "slot")
@@ -30,7 +30,7 @@ class DispatcherCollector(Collector):
         return iter(())  # so that registering it does not collect
 
     def collect(self) -> Iterator[Metric]:
-        yield _build()
+        yield build_info()
         up = GaugeMetricFamily("fastrecv_lookup_up", "Whether a dispatcher is loaded and could be read.")
         try:
             with Dispatcher(self._netns, bpffs=self._bpffs, read_only=True) as dispatcher:
@@ -97,10 +97,10 @@ class BalancerCollector(Collector):
                     packets.add_metric([*labels, outcome], count)
             for outcome in ("empty", "unreadable"):  # the only ones without a slot
                 packets.add_metric([name, "none", outcome], others[outcome])
-        yield from (_build(), up, packets, senders, sockets)
+        yield from (build_info(), up, packets, senders, sockets)
 
 
-def _build() -> Metric:
+def build_info() -> Metric:
     build = GaugeMetricFamily("fastrecv_build_info", "The version of fastrecv.", labels=["version"])
     build.add_metric([version("fastrecv")], 1)
     return build

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from errno import EADDRINUSE, EADDRNOTAVAIL, EPERM
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from fastrecv._recv import ENDPOINT
 
 __all__ = [
     "Address",
+    "Memory",
     "busy_poll",
     "drop_everything",
     "drops",
@@ -30,6 +31,7 @@ __all__ = [
     "incoming_cpu",
     "join",
     "leave",
+    "memory",
     "open_datagram",
     "path_of",
     "receive_buffer",
@@ -51,7 +53,7 @@ _SO_INCOMING_CPU = 49
 _SO_MEMINFO = 55
 _SO_PREFER_BUSY_POLL = 69
 _SO_BUSY_POLL_BUDGET = 70
-_SK_MEMINFO_DROPS, _SK_MEMINFO_VARS = 8, 9  # include/uapi/linux/sock_diag.h
+_SK_MEMINFO_RMEM_ALLOC, _SK_MEMINFO_RCVBUF, _SK_MEMINFO_DROPS, _SK_MEMINFO_VARS = 0, 1, 8, 9  # uapi/linux/sock_diag.h
 _RET_K = 0x06  # BPF_RET | BPF_K, include/uapi/linux/bpf_common.h
 # include/uapi/linux/in.h
 _MCAST = {(True, False): 42, (False, False): 45, (True, True): 46, (False, True): 47}  # (join, with a source)
@@ -170,13 +172,27 @@ def receive_buffer_limit() -> int:
         return 0
 
 
+class Memory(NamedTuple):
+    """What a socket holds, in bytes of the kernel's own account: queued, of `limit`. drops : see `drops`."""
+
+    queued: int
+    limit: int
+    drops: int
+
+
+def memory(sock: socket.socket) -> Memory:
+    """What waits in a socket's queue, and what it has lost, whoever reads it. SO_MEMINFO, Linux 4.12."""
+    data = sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 4 * _SK_MEMINFO_VARS)
+    words = struct.unpack(f"{len(data) // 4}I", data)
+    return Memory(words[_SK_MEMINFO_RMEM_ALLOC], words[_SK_MEMINFO_RCVBUF], words[_SK_MEMINFO_DROPS])
+
+
 def drops(sock: socket.socket) -> int:
     """Datagrams that the socket has lost since it was opened: its queue was full, or its filter dropped them.
 
     SO_MEMINFO, Linux 4.12. A 32-bit counter.
     """
-    words = sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 4 * _SK_MEMINFO_VARS)
-    return int(struct.unpack(f"{len(words) // 4}I", words)[_SK_MEMINFO_DROPS])
+    return memory(sock).drops
 
 
 def busy_poll(sock: socket.socket, microseconds: int, *, prefer: bool = False, budget: int | None = None) -> None:

@@ -22,7 +22,9 @@ from fastrecv.cli.doctor import MISSING, doctor
 from fastrecv.cli.listen import listen
 from fastrecv.cli.lookup import lookup
 from fastrecv.cli.run import run as run_service
+from fastrecv.cli.top import top
 from fastrecv.cli.watch import watch
+from fastrecv.cli.workers import workers
 from fastrecv.errors import NotSupported
 from fastrecv.rules import RuleSetError
 
@@ -57,6 +59,8 @@ fastrecv.add_command(listen)
 fastrecv.add_command(connect)
 fastrecv.add_command(watch)
 fastrecv.add_command(run_service)
+fastrecv.add_command(workers)
+fastrecv.add_command(top)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

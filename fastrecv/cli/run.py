@@ -50,6 +50,10 @@ def _by_default(name: str, text: str) -> str:
               help="Of each worker, by setrlimit(2), soft and hard: nofile=1024, as=1G, core=unlimited.")  # fmt: skip
 @click.option("--log-format", type=click.Choice(["text", "json"]), help=_by_default("log_format",
               "Of what is said on standard error: lines, or a JSON object a line."))  # fmt: skip
+@click.option("--control", metavar="PATH",
+              help="Socket for `fastrecv workers` and `fastrecv top`.  [default: PORT.sock in $RUNTIME_DIRECTORY, else "
+              "as root in /run/fastrecv, else in $XDG_RUNTIME_DIR/fastrecv]")  # fmt: skip
+@click.option("--metrics", metavar="ADDRESS:PORT", help="Serve /metrics, /healthz, /readyz over HTTP.  [default: not]")
 @click.option("--check", is_flag=True, help="Print the settings that would hold, and where each comes from.")
 @output.json_option
 def run(config: str | None, check: bool, as_json: bool, **options: Any) -> int:
@@ -63,7 +67,8 @@ def run(config: str | None, check: bool, as_json: bool, **options: Any) -> int:
     before the file.
 
     TERM or INT: stop, queues are read to their end. QUIT: at once. HUP: restart the workers with new code, one after
-    the other. TTIN, TTOU: one worker more or less.
+    the other. TTIN, TTOU: one worker more or less. USR2: new code and configuration for the supervisor itself, in
+    place. `fastrecv workers` does the same, `fastrecv top` looks on.
 
     Exit codes: 0 stopped; 1 it could not begin, all workers were given up, or queues were lost at the deadline; 2
     usage, or settings that make no sense; 77 a privilege is missing.

@@ -4,44 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 from ipaddress import IPv4Address, IPv6Address
-from socketserver import BaseServer, TCPServer
+from socketserver import BaseServer
 from types import FrameType
 from typing import NoReturn
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import click
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.registry import Collector
 
 from fastrecv import privileges
-from fastrecv.errors import StateError
 from fastrecv.netns import Namespace
-from fastrecv.threads import BoundedThreads
+from fastrecv.web import HttpServer
 
-__all__ = ["HttpServer", "serve_metrics", "serve_until_stopped"]
-
-
-class _Quiet(WSGIRequestHandler):
-    timeout = 5  # seconds for a request
-
-    def log_message(self, format: str, *_arguments: object) -> None:  # noqa: A002 - its name in the base class
-        """Scrapes are no news."""
-
-
-class HttpServer(BoundedThreads, WSGIServer):
-    """An HTTP server on a numeric address, with a bound on what idle peers can take."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), _Quiet)
-
-    def server_bind(self) -> None:
-        TCPServer.server_bind(self)  # HTTPServer's would ask the DNS for a name
-        host, port = self.server_address[:2]
-        self.server_name, self.server_port = str(host), port
-        self.setup_environ()
+__all__ = ["serve_metrics", "serve_until_stopped"]
 
 
 def serve_metrics(
@@ -51,15 +27,9 @@ def serve_metrics(
     privileges.refuse_threads()
     registry = CollectorRegistry()
     registry.register(collector)
-    try:
-        opened = HttpServer(str(address), port)
-    except OSError as error:
-        raise StateError(f"cannot listen on {address} port {port}: {error.strerror}") from None
-    with opened as server:
+    with HttpServer(str(address), port) as server:
         server.set_app(make_wsgi_app(registry))
-        host, bound = server.server_name, server.server_port
-        where = f"http://{f'[{host}]' if ':' in host else host}:{bound}/metrics"
-        serve_until_stopped(server, f"serving {where}", netns)
+        serve_until_stopped(server, f"serving {server.where}/metrics", netns)
 
 
 def serve_until_stopped(server: BaseServer, said: str, netns: str | None, *capabilities: int) -> None:

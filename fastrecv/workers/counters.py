@@ -1,8 +1,8 @@
 """What workers count, in memory that all of them and the supervisor map: one row a slot, one writer each at a time.
 
-The writer of a row is the worker that reads the slot's socket, and the supervisor while nobody does. All words have 64
-bits and are aligned, so that nobody sees half of one, even of a writer that was killed. After a death the next worker
-counts on.
+The writer of a row is the worker that reads the slot's socket, and the supervisor while nobody does; two words are the
+supervisor's alone. All words have 64 bits and are aligned, so that nobody sees half of one, even of a writer that was
+killed. After a death the next worker counts on, and so does a slot that goes and comes back.
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrecv._recv import MAX_BATCH
 from fastrecv.receiver import Statistics
 from fastrecv.workers.settings import MAX_WORKERS
 
-__all__ = ["NAME", "ROW", "STATES", "Counters", "Row"]
+__all__ = ["FILLS", "NAME", "ROW", "STATES", "Counters", "Row"]
 
 NAME = "fastrecv-counters"
 """Of the memfd, as /proc/PID/fd shows it."""
 _WORDS = ("pid", "state", "heartbeat", "datagrams", "bytes", "batches", "truncated", "handled", "handler_ns", "failed",
-          "errors", "killed", "starts", "snapshot")  # fmt: skip
-_WIDTH = 16  # words of a row: two cache lines, so that no two writers share one
+          "errors", "killed", "starts", "snapshot", "deaths", "closed_drops")  # fmt: skip
+FILLS = MAX_BATCH.bit_length()
+"""Places of `fill`: batches of 1, of 2 or 3, of 4 to 7, ... datagrams."""
+_WIDTH = 32  # words of a row: four cache lines, so that no two writers share one
+_FILL = len(_WORDS)
 ROW = np.dtype({
-    "names": _WORDS, "formats": ["<u8"] * len(_WORDS), "offsets": [8 * place for place in range(len(_WORDS))],
-    "itemsize": 8 * _WIDTH,
+    "names": (*_WORDS, "fill"), "formats": [*["<u8"] * len(_WORDS), ("<u8", (FILLS,))],
+    "offsets": [8 * place for place in range(len(_WORDS) + 1)], "itemsize": 8 * _WIDTH,
 })  # fmt: skip
 """A row. pid : of the writer. state : a place in STATES. heartbeat : CLOCK_MONOTONIC ns of its last sign of life.
 
@@ -37,11 +41,15 @@ datagrams, bytes, batches, truncated : received. handled : datagrams whose handl
 took. failed : datagrams of batches whose handler raised an exception, errors : how many such batches, and exceptions of
 snapshot and restore. killed : datagrams that were in the hands of workers that died. starts : how many workers have
 begun to read. snapshot : where the handler's state is kept (fastrecv.workers.snapshots), 0: nowhere; its upper 62 bits
-are the length in bytes. Where nobody reads, datagrams is handled + failed + killed.
+are the length in bytes. Where nobody reads, datagrams is handled + failed + killed. fill : batches by how many
+datagrams they had.
+
+Of the supervisor alone: deaths : workers that have ended otherwise than told. closed_drops : what the kernel dropped
+at sockets of this slot that are closed since.
 """
 STATES = ("idle", "reading", "stopped")
 _PID, _STATE, _HEARTBEAT, _DATAGRAMS, _BYTES, _BATCHES, _TRUNCATED, _HANDLED, _HANDLER_NS, _FAILED, _ERRORS, _KILLED, \
-    _STARTS, _SNAPSHOT = range(len(_WORDS))  # fmt: skip
+    _STARTS, _SNAPSHOT, _DEATHS, _CLOSED_DROPS = range(len(_WORDS))  # fmt: skip
 _LENGTH = MAX_WORKERS * ROW.itemsize
 
 
@@ -99,9 +107,10 @@ class Row:
         """A sign of life; now : time.monotonic_ns()."""
         self._words[_HEARTBEAT] = now
 
-    def received(self, statistics: Statistics) -> None:
-        """What a Receiver has received since the row was opened."""
+    def received(self, statistics: Statistics, datagrams: int) -> None:
+        """What a Receiver has received since the row was opened, just now a batch of so many datagrams."""
         words, before = self._words, self._before
+        words[_FILL + datagrams.bit_length() - 1] += 1
         words[_DATAGRAMS] = before[0] + statistics.datagrams
         words[_BYTES] = before[1] + statistics.bytes
         words[_BATCHES] = before[2] + statistics.batches
@@ -127,6 +136,14 @@ class Row:
         words[_KILLED] += lost
         words[_STATE] = STATES.index("idle")
         return lost
+
+    def died(self) -> None:
+        """A worker of this slot has ended otherwise than told, whether it has read or not."""
+        self._words[_DEATHS] += 1
+
+    def closed(self, drops: int) -> None:
+        """A socket of this slot is being closed, at which the kernel has dropped so many datagrams."""
+        self._words[_CLOSED_DROPS] += drops
 
     @property
     def snapshot(self) -> int:

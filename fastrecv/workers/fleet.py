@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from fastrecv.errors import StateError
-from fastrecv.sockets import drop_everything
+from fastrecv.sockets import drop_everything, drops
 from fastrecv.workers import opening, slots, snapshots
 from fastrecv.workers.counters import Counters
 from fastrecv.workers.process import Process, ending
@@ -38,7 +38,7 @@ class Fleet:
     """Slots 0 to n - 1, their processes, and who has senders.
 
     task : what the worker of a slot is told first. wanted : how many workers there shall be. begun : all have read at
-    some time. stopping : all are leaving.
+    some time. stopping : all are leaving. failure : why the last restart or change of their number came to no good end.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Fleet:
         self.slots: list[Slot] = []
         self.wanted = 0
         self.begun = self.stopping = False
+        self.failure: str | None = None
         self._rolling: deque[Slot] = deque()
         self._rolled: Process | None = None
         self._sharing: set[int] = set()
@@ -93,6 +94,7 @@ class Fleet:
 
     def restart(self) -> None:
         """New workers in the place of all, one after the other."""
+        self.failure = None
         self._rolling.extend(slot for slot in self.slots if slot not in self._rolling)
 
     @property
@@ -102,6 +104,7 @@ class Fleet:
 
     def scale(self, workers: int) -> None:
         """So many workers, within what can be; one change after the other."""
+        self.failure = None
         self.wanted = min(max(workers, 1), MAX_WORKERS)
 
     def stop(self) -> None:
@@ -189,7 +192,7 @@ class Fleet:
                 self._log.info("all workers are new")
         elif self._rolled.state == "dead":
             why = self._rolled.failure or ending(self._rolled.status)
-            self._log.error("no more workers are restarted, the others stay: the new worker %d: %s", slot.number, why)
+            self._fails(f"no more workers are restarted, the others stay: the new worker {slot.number}: {why}")
             self._rolling.clear()
             self._rolled = None
 
@@ -203,7 +206,7 @@ class Fleet:
             self._add()
         elif len(self.slots) > self.wanted:
             if not self._sharers(last):
-                self._log.error("worker %d stays: nobody else could take its senders", last.number)
+                self._fails(f"worker {last.number} stays: nobody else could take its senders")
                 self.wanted = len(self.slots)
                 return
             self._share(last)  # before its queue is read to its end
@@ -216,7 +219,7 @@ class Fleet:
         try:
             sock = opening.another(self._settings, [slot.sock for slot in self.slots])
         except OSError as error:
-            self._log.error("no worker more: %s", error.strerror or error)
+            self._fails(f"no worker more: {error.strerror or error}")
             self.wanted = len(self.slots)
             return
         slot = self._slot(len(self.slots), sock, True)
@@ -225,7 +228,12 @@ class Fleet:
         self._steering.join(slot.number, sock)
         slot.begin()
 
+    def _fails(self, why: str) -> None:
+        self.failure = why
+        self._log.error("%s", why)
+
     def _remove(self, slot: Slot) -> None:
+        slot.row.closed(drops(slot.sock))
         slot.close()
         self.slots.remove(slot)
         said = self._log.info if slot.drained else self._log.error

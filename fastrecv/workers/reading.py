@@ -170,7 +170,7 @@ class Reading:
         now = time.monotonic_ns()
         self._row.beat(now)
         if len(batch):
-            self._row.received(receiver.statistics())
+            self._row.received(receiver.statistics(), len(batch))
             if now - self._looked > _LOOK:
                 self._orders.look()
                 self._looked = now

@@ -22,6 +22,7 @@ __all__ = ["MAX_WORKERS", "Identity", "SettingError", "Settings", "Task", "attri
 MAX_WORKERS = 128
 """As many as a balancer has slots (bpf/balance.h)."""
 _MAX_BUFFER = (1 << 30) - 1  # INT_MAX / 2: the kernel doubles it
+_LONGEST_PATH = 107  # sizeof(sun_path) - 1, unix(7)
 _NO_ID = (1 << 32) - 1  # setresuid(2) takes it for none
 _Read = TypeVar("_Read")
 
@@ -51,7 +52,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     the i-th, round and round; None: those of the supervisor. nice : of workers (setpriority(2)), -20 to 19; below the
     supervisor's it takes CAP_SYS_NICE. limits : of workers, soft and hard, by the names of setrlimit(2) in lower case:
     {"nofile": 1024, "as": "1G", "core": "unlimited"}; above the hard ones it takes CAP_SYS_RESOURCE. log_format : of
-    standard error, lines for people or a JSON object a line (fastrecv.workers.logs).
+    standard error, lines for people or a JSON object a line (fastrecv.workers.logs). control : path of the control
+    socket; None: see fastrecv.workers.control.default_path. metrics : ADDRESS:PORT of the HTTP endpoint; None: there is
+    none.
     """
 
     handler: str
@@ -70,10 +73,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     nice: int | None = None
     limits: dict[str, int | str] = {}
     log_format: LogFormat = "text"
+    control: str | None = None
+    metrics: str | None = None
 
     def __post_init__(self) -> None:
-        if self.bind is not None:
-            _read("bind", parsed, self.bind)
+        for name, address in (("bind", self.bind), ("metrics", self.metrics)):
+            if address is not None:
+                _read(name, parsed, address)
+        if self.control is not None and not 0 < len(os.fsencode(self.control)) <= _LONGEST_PATH:
+            raise SettingError("control", f"{self.control!r} is no path of 1 to {_LONGEST_PATH} bytes")
         _read("policy", Policy.parse, self.policy)
         if self.cpus is not None:
             _read("cpus", listed, self.cpus)

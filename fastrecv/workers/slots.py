@@ -50,7 +50,7 @@ class Slot:
 
     reader : who reads, or has been told to stop. successor : who has been started and does not read yet.
     leaving : it is to be read to its end. drained : it has been. given_up : nobody is started any more. new : it has no
-    senders until it has a reader.
+    senders until it has a reader. cause : how the last process that died has ended.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Slot:
         self._deaths = 0
         self._again_at: float | None = None
         self.leaving = self.drained = self.given_up = self.new = False
+        self.cause: str | None = None
 
     def resume(self, record: Record) -> None:
         """Be as another was before this program was executed."""
@@ -154,18 +155,26 @@ class Slot:
             self._going.remove(process)
         elif process is self.successor:
             self.successor = None
-            if self.reader is None and not self.drained:
+            missed = self.reader is None and not self.drained
+            if missed or not self.leaving:  # else it was killed: nobody needs it
+                self._died(process)
+            if missed:
                 self._plan(process)
         elif process.told is not None and process.status in _WELL:  # a loop of its own may end before it can say so
             self._stopped(process)
         else:
             self.reader = None
+            self._died(process)
             self._log.error(
                 "worker %d [%d] has died, %s, with %d datagrams in its hands; its queue waits",
                 self.number, process.pid, ending(process.status), self.row.settle(),
             )  # fmt: skip
             self._plan(process)
         self._hand_over()
+
+    def _died(self, dead: Process) -> None:
+        self.row.died()
+        self.cause = dead.failure or ending(dead.status)
 
     def _plan(self, dead: Process) -> None:
         """When to try again."""
@@ -180,7 +189,7 @@ class Slot:
         self.given_up = True
         self._log.error(
             "worker %d is given up: it has died at once %d times, the last time %s",
-            self.number, self._deaths, dead.failure or ending(dead.status),
+            self.number, self._deaths, self.cause,
         )  # fmt: skip
         self._deaths = 0
 

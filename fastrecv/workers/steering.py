@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from errno import EPERM
+from typing import Literal
 
 import msgspec
 
@@ -18,7 +19,10 @@ from fastrecv.classic import Filter
 from fastrecv.errors import BpfError, SocketRefusedError
 from fastrecv.policies import Policy
 
-__all__ = ["Record", "Steering"]
+__all__ = ["Chooser", "Record", "Steering"]
+
+Chooser = Literal["balancer", "classic", "hash"]
+"""Who decides: the balancer's program, classic BPF, or the kernel's hash of both ends."""
 
 _EMPTY: Empty = "drop"  # as Balancer.best has it
 _FREED = 5.0  # seconds
@@ -88,6 +92,12 @@ class Steering:
             by.maps.descriptors() if isinstance(by, Balancer) else None,
             by.size if isinstance(by, Filter) else None,
         )
+
+    @property
+    def chooser(self) -> Chooser:
+        if self._by is None:
+            return "hash"
+        return "balancer" if isinstance(self._by, Balancer) else "classic"
 
     def join(self, slot: int, member: socket.socket) -> None:
         """A new member, the last of all, gets a slot; senders only with `share`."""

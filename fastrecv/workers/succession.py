@@ -21,7 +21,7 @@ from fastrecv.workers import fleet, steering
 from fastrecv.workers.process import ending, executed, exit_status
 from fastrecv.workers.settings import Settings
 
-__all__ = ["FORMAT", "Check", "Record", "execute", "inherited"]
+__all__ = ["FORMAT", "Check", "Record", "execute", "fixed", "inherited"]
 
 FORMAT = 1
 """Of a Record: to be counted up with every change of it."""
@@ -32,29 +32,38 @@ _PATIENCE = 60.0  # seconds that a check may take
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What the next supervisor must know.
 
-    bind, policy, workers : settings of now. counters : a descriptor. end_by : time.monotonic(), when all is to stop.
+    fixed : settings that cannot change (`fixed`). workers : the setting. counters, control : descriptors. began, end_by : time.monotonic(), when the
+    service began, and when all is to stop.
     checking : it shall only look whether it could go on.
     """
 
     format: int = FORMAT
-    bind: str | None
-    policy: str
+    fixed: dict[str, str | None]
     workers: int | None
     counters: int
+    control: int | None
     steering: steering.Record
     fleet: fleet.Record
+    began: float
     end_by: float
     checking: bool = False
 
     def descriptors(self) -> Iterator[int]:
         """All that it inherits."""
         yield self.counters
+        if self.control is not None:
+            yield self.control
         yield from (self.steering.maps or {}).values()
         for slot in self.fleet.slots:
             yield from (slot.sock, slot.snapshots)
             for process in (slot.reader, slot.successor, *slot.going):
                 if process is not None:
                     yield from (process.pidfd, process.orders)
+
+
+def fixed(settings: Settings) -> dict[str, str | None]:
+    """Settings that sockets, maps and paths were made by."""
+    return {"bind": settings.bind, "policy": settings.policy, "control": settings.control}
 
 
 def inherited(settings: Settings) -> Record | None:
@@ -70,7 +79,8 @@ def inherited(settings: Settings) -> Record | None:
             record = _decoded(os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0))
     except (OSError, ValueError) as error:
         raise StateError(f"{_VARIABLE} names no record of a supervisor ({error}): unset it") from None
-    for name, before, now in (("bind", record.bind, settings.bind), ("policy", record.policy, settings.policy)):
+    for name, now in fixed(settings).items():
+        before = record.fixed[name]
         if before != now:
             raise StateError(f"{name} was {before} when the service began: to make it {now}, stop it and start it anew")
     for fd in record.descriptors():

@@ -16,11 +16,13 @@ from fastrecv.sockets import receive_buffer_limit
 from fastrecv.steerable import described
 from fastrecv.workers import logs, opening, succession
 from fastrecv.workers.counters import Counters
+from fastrecv.workers.doors import Doors
 from fastrecv.workers.fleet import Fleet
 from fastrecv.workers.notify import Manager
 from fastrecv.workers.settings import Settings, Task, attributes, identity
 from fastrecv.workers.signals import Signals
 from fastrecv.workers.slots import Slot
+from fastrecv.workers.status import Service, taken
 from fastrecv.workers.steering import Steering
 from fastrecv.workers.succession import Check, Record
 
@@ -54,6 +56,7 @@ class Supervisor:
         self._at_once = False
         self._end_by = 0.0
         self._check: Check | None = None
+        self._began = time.monotonic()
 
     def run(self) -> int:
         """Exit code: 0 stopped as told; 1 all workers were given up, or had to be killed with their queues unread."""
@@ -72,7 +75,9 @@ class Supervisor:
             else:
                 self._resume(before)
             stack.callback(self._close)
+            self._doors = stack.enter_context(Doors(self._settings, self._port, self, self._log, before))
             privileges.keep_only(*self._kept(), inherited=True)
+            self._doors.begin()
             self._report()
             if before is None:
                 self._fleet.begin()
@@ -107,11 +112,20 @@ class Supervisor:
         members = [socket.socket(fileno=slot.sock) for slot in record.fleet.slots]
         self._steering = Steering.resume(record.steering, self._policy, members[0])
         self._counters = Counters(record.counters)
-        self._end_by = record.end_by
+        self._end_by, self._began = record.end_by, record.began
         self._fleet = self._made()
         self._fleet.resume(record.fleet, members)
         if self._settings.workers not in (None, record.workers):
             self._fleet.scale(self._settings.workers)
+
+    @property
+    def _port(self) -> int:
+        port: int = self._fleet.slots[0].sock.getsockname()[1]
+        return port
+
+    @property
+    def _address(self) -> str:
+        return described(self._fleet.slots[0].sock)
 
     def _made(self) -> Fleet:
         return Fleet(self._settings, self._steering, self._counters, self._log, self._task)
@@ -120,13 +134,13 @@ class Supervisor:
         """All that the program after this one must know."""
         settings = self._settings
         return Record(
-            bind=settings.bind, policy=settings.policy, workers=settings.workers, counters=self._counters.fd,
-            steering=self._steering.record(), fleet=self._fleet.record(), end_by=self._end_by,
+            fixed=succession.fixed(settings), workers=settings.workers, counters=self._counters.fd, steering=self._steering.record(), fleet=self._fleet.record(),
+            control=self._doors.control, began=self._began, end_by=self._end_by,
         )  # fmt: skip
 
     def _report(self) -> None:
-        where, count = described(self._fleet.slots[0].sock), len(self._fleet.slots)
-        self._log.info("process %d: %s, %d worker%s", os.getpid(), where, count, "s" if count > 1 else "")
+        count = len(self._fleet.slots)
+        self._log.info("process %d: %s, %d worker%s", os.getpid(), self._address, count, "s" if count > 1 else "")
         if (os.geteuid() if self._identity.user is None else self._identity.user) == 0:
             self._log.warning("workers run as root, though without capabilities: give them a user")
 
@@ -137,7 +151,7 @@ class Supervisor:
             found.append(privileges.CAP_SETGID)
         if self._identity.user is not None:  # whose processes only who may can kill
             found += [privileges.CAP_SETUID, privileges.CAP_KILL]
-        if privileges.is_privileged_port(self._fleet.slots[0].sock.getsockname()[1]):
+        if privileges.is_privileged_port(self._port):
             found.append(privileges.CAP_NET_BIND_SERVICE)
         if (self._settings.receive_buffer or 0) > receive_buffer_limit():
             found.append(privileges.CAP_NET_ADMIN)
@@ -188,6 +202,7 @@ class Supervisor:
     def _wait(self, signals: Signals) -> None:
         """Wait for whatever comes next, and deal with it."""
         doors: dict[int, Callable[[], object]] = {signals.fileno(): lambda: self._signalled(signals)}
+        doors |= self._doors.watched()
         if self._check is not None:
             doors[self._check.fileno()] = lambda: self._succeed(signals)
         workers = self._fleet.watched()
@@ -209,20 +224,16 @@ class Supervisor:
 
     def _told(self, number: signal.Signals) -> None:
         fleet = self._fleet
-        if number == signal.SIGQUIT or (number in _STOPPING and fleet.stopping):
-            self._at_once = True
-        elif number in _STOPPING:
-            self._end_by = time.monotonic() + self._settings.graceful_timeout
-            fleet.stop()
+        if number == signal.SIGQUIT or number in _STOPPING:
+            self.stop(now=number == signal.SIGQUIT or fleet.stopping)
         elif fleet.stopping:
             return
         elif number == signal.SIGUSR2:
             self._check = self._check or Check(self._record())
         elif number == signal.SIGHUP:
-            fleet.restart()
-            self._manager.reloading()
+            self.restart()
         else:
-            fleet.scale(fleet.wanted + (1 if number == signal.SIGTTIN else -1))
+            self.scale(fleet.wanted + (1 if number == signal.SIGTTIN else -1))
 
     def _succeed(self, signals: Signals) -> None:
         """The check has ended: be the code of now, or stay."""
@@ -242,3 +253,29 @@ class Supervisor:
                 succession.execute(self._record())
             except OSError as error:
                 self._log.error("the supervisor stays as it is: %s", error)
+
+    # What it can be asked
+
+    def status(self) -> Service:
+        """How it stands."""
+        return taken(
+            self._fleet, self._counters, began=self._began, address=self._address, policy=self._settings.policy,
+            chooser=self._steering.chooser, handler=self._settings.handler,
+        )  # fmt: skip
+
+    def restart(self) -> None:
+        """New workers in the place of all, one after the other."""
+        self._fleet.restart()
+        self._manager.reloading()
+
+    def scale(self, workers: int) -> None:
+        """So many workers, within what can be."""
+        self._fleet.scale(workers)
+
+    def stop(self, *, now: bool) -> None:
+        """Stop when queues have been read to their end; now : at once."""
+        if now:
+            self._at_once = True
+        elif not self._fleet.stopping:
+            self._end_by = time.monotonic() + self._settings.graceful_timeout
+            self._fleet.stop()

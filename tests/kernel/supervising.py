@@ -134,7 +134,7 @@ class Service:
         self.folder = folder
         self._log = folder / "log"
         words = [*before, *COMMAND, "run", handler, *map(str, options), *(("-b", bind) if bind else ())]
-        environment = os.environ | ALONE | {"PYTHONPATH": str(folder)}
+        environment = os.environ | ALONE | {"PYTHONPATH": str(folder), "RUNTIME_DIRECTORY": str(folder)}
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, **popen

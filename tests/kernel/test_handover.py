@@ -192,7 +192,9 @@ def test_a_path_that_is_served_or_is_something_else_is_left_alone(served: Served
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
         return done.returncode, done.stderr
 
-    assert serve(served.path) == (1, f"fastrecv: {served.path} is served already\n")
+    code, said = serve(served.path)
+    assert (code, said.count("\n")) == (1, 1)
+    assert re.match(rf"fastrecv: {served.path} is served already, by process \d+: stop it, or give another", said)
     file = tmp_path / "file"
     file.write_text("mine")
     code, error = serve(file)

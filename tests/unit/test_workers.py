@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from fastrecv._recv import MAX_BATCH
 from fastrecv.receiver import Statistics
-from fastrecv.workers.counters import ROW, STATES, Counters
+from fastrecv.workers.counters import FILLS, ROW, STATES, Counters
 from fastrecv.workers.handlers import HandlerError, called, load
 from fastrecv.workers.settings import MAX_WORKERS, Settings, identity, parsed
 
@@ -39,6 +40,9 @@ from fastrecv.workers.settings import MAX_WORKERS, Settings, identity, parsed
         ({"timeout": -1.0}, "timeout: -1.0 is out of range: give 0 to 86400 seconds"),
         ({"timeout": float("nan")}, "timeout: nan"),
         ({"graceful_timeout": float("inf")}, "graceful_timeout: inf"),
+        ({"metrics": "9100"}, "'9100' is no address to bind to: give ADDRESS:PORT"),
+        ({"control": ""}, "control: '' is no path of 1 to 107 bytes"),
+        ({"control": "/" + 107 * "x"}, "is no path of 1 to 107 bytes"),
     ],
 )
 def test_settings_that_cannot_be(wrong: dict[str, Any], message: str) -> None:
@@ -84,25 +88,38 @@ def test_a_row_is_counted_on_by_the_next_worker() -> None:
     with Counters() as counters:
         first = counters.row(3)
         first.begin(41)
-        first.received(received(10))
+        first.received(received(10), 10)
         first.handled(10, 500)
-        first.received(received(17, 2))
+        first.received(received(17, 2), 7)
         assert first.settle() == 7
         assert first.settle() == 0
         second = counters.row(3)
         second.begin(42)
-        second.received(received(5))
+        second.received(received(5), 5)
         second.failed(5)
         second.stop()
+        second.died()
+        second.closed(9)
         assert second.settle() == 0
         rows = counters.read()
     assert len(rows) == MAX_WORKERS
     row = rows[3]
-    assert {name: int(row[name]) for name in ROW.names or () if name != "heartbeat"} == {
+    assert {name: int(row[name]) for name in ROW.names or () if name not in ("heartbeat", "fill")} == {
         "pid": 42, "state": STATES.index("idle"), "datagrams": 22, "bytes": 2200, "batches": 3, "truncated": 0,
         "handled": 10, "handler_ns": 500, "failed": 5, "errors": 1, "killed": 7, "starts": 2, "snapshot": 0,
+        "deaths": 1, "closed_drops": 9,
     }  # fmt: skip
+    assert row["fill"].tolist() == [0, 0, 2, 1, 0, 0, 0, 0, 0, 0, 0]  # 5 and 7, 10
+    assert ROW.itemsize % 64 == 0
     assert not rows["datagrams"][:3].any()
+
+
+def test_the_largest_batch_has_a_place_in_the_histogram() -> None:
+    with Counters() as counters:
+        row = counters.row(MAX_WORKERS - 1)
+        for datagrams in (1, 2, 3, 1023, MAX_BATCH):
+            row.received(received(datagrams), datagrams)
+        assert counters.read()["fill"][-1].tolist() == [1, 2, *[0] * (FILLS - 4), 1, 1]
 
 
 def test_counters_are_seen_by_other_processes_and_cannot_be_cut_off() -> None:
