@@ -32,9 +32,9 @@ _PATIENCE = 60.0  # seconds that a check may take
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What the next supervisor must know.
 
-    fixed : settings that cannot change (`fixed`). workers : the setting. counters, control : descriptors. began, end_by : time.monotonic(), when the
-    service began, and when all is to stop.
-    checking : it shall only look whether it could go on.
+    fixed : settings that cannot change (`fixed`). workers : the setting. counters, control : descriptors. began,
+    end_by : time.monotonic(), when the service began, and when all is to stop. checking : it shall only look whether it
+    could go on.
     """
 
     format: int = FORMAT

@@ -134,8 +134,9 @@ class Supervisor:
         """All that the program after this one must know."""
         settings = self._settings
         return Record(
-            fixed=succession.fixed(settings), workers=settings.workers, counters=self._counters.fd, steering=self._steering.record(), fleet=self._fleet.record(),
-            control=self._doors.control, began=self._began, end_by=self._end_by,
+            fixed=succession.fixed(settings), workers=settings.workers, counters=self._counters.fd,
+            control=self._doors.control, steering=self._steering.record(), fleet=self._fleet.record(),
+            began=self._began, end_by=self._end_by,
         )  # fmt: skip
 
     def _report(self) -> None:
