@@ -95,11 +95,8 @@ def data_sets(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]], bytes, tuple
     records = draw(st.integers(1, 12))
     for _ in range(records):
         for element, length in fields:
-            value = (
-                draw(st.binary(max_size=300))
-                if length == VARIABLE
-                else draw(st.binary(min_size=length, max_size=length))
-            )
+            low, high = (0, 300) if length == VARIABLE else (length, length)
+            value = draw(st.binary(min_size=low, max_size=high))
             if element in sums:
                 sums[element] += int.from_bytes(value)
             if length == VARIABLE:
@@ -114,13 +111,10 @@ def test_any_fields_of_any_length_are_summed_and_whatever_is_cut_off_or_changed_
     of: tuple[int, list[tuple[int, int]], bytes, tuple[int, int, int]], data: st.DataObject
 ) -> None:
     version, fields, records, expected = of
-    first = sent(version, 1, templates(version, template(256, fields)))
-    second = sent(version, 2, a_set(256, records))
+    learnt, told = templates(version, template(256, fields)), a_set(256, records)
+    first, second = sent(version, 1, learnt), sent(version, 2, told)
     assert counts(taken(first, second)) == (*expected, 0)
-    assert counts(taken(sent(version, 1, templates(version, template(256, fields)), a_set(256, records)))) == (
-        *expected,
-        0,
-    )
+    assert counts(taken(sent(version, 1, learnt, told))) == (*expected, 0)
     cut = data.draw(st.integers(0, len(second) - 1))
     exporter = taken(first, second[:cut])
     assert exporter.malformed == (0 if version == NETFLOW9 and cut == 20 else 1)
