@@ -14,7 +14,6 @@ import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import time
 from collections import Counter
@@ -28,6 +27,7 @@ from pyroute2 import IPRoute
 
 from fastrecv.netns import Namespace
 from tests.kernel.commands import Command
+from tests.kernel.exporting import captured, softflowd
 from tests.programs import program
 
 COLLECTOR, PORT = "192.0.2.1", 2055
@@ -36,7 +36,6 @@ SITES = "198.51.100.0/24"
 NETFLOW9, IPFIX = 9, 10
 DATAGRAMS, FLOWS_EACH, FLOWS_FIRST = 8, 32, 24  # of an exporter; the first has the templates, too
 FLOWS = FLOWS_FIRST + (DATAGRAMS - 1) * FLOWS_EACH
-LINKTYPE_RAW = 101  # https://www.tcpdump.org/linktypes.html
 SEED = 3  # the exporters below are spread evenly
 # Data without a template is logged at debug level only (pmacct's QUICKSTART).
 CONFIGURATION = """
@@ -118,9 +117,11 @@ class Lab:
             self._observed += 1
             mine = [Flow(exporter, str(self._observed), 10_000 + number) for number in range(FLOWS)]
             capture = self.folder / "capture"
-            capture.write_bytes(captured(mine))
+            capture.write_bytes(captured((flow.source, flow.port) for flow in mine))
             with self.exporters:
-                relay(exporter, softflowd(capture, version), change_ports)
+                datagrams = softflowd(capture, version, FLOWS)
+                assert len(datagrams) == DATAGRAMS
+                relay(exporter, datagrams, change_ports)
             flows.update(mine)
         return flows
 
@@ -136,34 +137,6 @@ class Lab:
 
         wait_for(accounted)
         return found()
-
-
-def captured(flows: list[Flow]) -> bytes:
-    """A pcap file with one UDP datagram of each flow."""
-    records = [struct.pack("=IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, LINKTYPE_RAW)]
-    for number, flow in enumerate(flows):
-        udp = struct.pack("!HHHH4s", flow.port, 53, 12, 0, b"data")
-        addresses = socket.inet_aton(flow.source) + socket.inet_aton("203.0.113.9")
-        packet = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(udp), 0, 0, 64, socket.IPPROTO_UDP, 0) + addresses + udp
-        records.append(struct.pack("=IIII", int(time.time()), number, len(packet), len(packet)) + packet)
-    return b"".join(records)
-
-
-def softflowd(capture: Path, version: int) -> list[bytes]:
-    """The datagrams that it exports of a capture: all are in the queue when it has ended.
-
-    With a control socket, softflowd 1.1.0 may wait on it for ever when it reads a file.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as near:
-        near.bind(("127.0.0.1", 0))
-        near.settimeout(5)
-        said = subprocess.run(
-            [program("softflowd", "softflowd"), "-r", capture.name, "-v", str(version),
-             "-n", f"127.0.0.1:{near.getsockname()[1]}", "-p", "softflowd.pid", "-c", "none"],
-            cwd=capture.parent, check=True, capture_output=True, text=True, timeout=10,
-        )  # fmt: skip
-        assert f"Flows exported: {FLOWS} ({FLOWS} records) in {DATAGRAMS} packets (0 failures)" in said.stdout
-        return [near.recv(65535) for _ in range(DATAGRAMS)]
 
 
 def relay(exporter: str, datagrams: list[bytes], change_ports: bool) -> None:
