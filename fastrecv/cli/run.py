@@ -14,7 +14,8 @@ __all__ = ["run"]
 
 @click.command()
 @click.argument("handler", metavar="PACKAGE.MODULE:NAME")
-@click.option("-b", "--bind", metavar="ADDRESS:PORT", help="[ADDRESS]:PORT for IPv6.  [default: what systemd passes]")
+@click.option("-b", "--bind", metavar="[tcp:]ADDRESS:PORT",
+              help="[ADDRESS]:PORT for IPv6; tcp: for connections.  [default: what systemd passes]")  # fmt: skip
 @click.option("-w", "--workers", type=click.IntRange(1, MAX_WORKERS),
               help="Each has a socket of its own.  [default: 1, or as many as systemd passes sockets]")  # fmt: skip
 @click.option("--policy", default="source", show_default=True,
@@ -34,10 +35,11 @@ __all__ = ["run"]
 @click.option("--given-up", type=click.Choice(["move", "wait"]), default="move", show_default=True,
               help="What becomes of the senders of a worker that dies at once, again and again.")  # fmt: skip
 def run(**options: Any) -> int:
-    """Serve datagrams by worker processes whose sockets outlive them.
+    """Serve datagrams, or connections, by worker processes whose sockets outlive them.
 
     The handler is a function handle(batch), plain or async; a class with handle(batch) and perhaps start() and stop();
-    or serve(sockets), with a loop of its own. It is imported by the workers only, without capabilities.
+    or serve(sockets), with a loop of its own, for connections. It is imported by the workers only, without
+    capabilities.
 
     TERM or INT: stop, queues are read to their end. QUIT: at once. HUP: restart the workers with new code, one after
     the other. TTIN, TTOU: one worker more or less.

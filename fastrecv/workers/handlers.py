@@ -2,8 +2,12 @@
 
 - a function handle(batch), plain or async;
 - a class, made once a worker, with handle(batch) and, where it has them, start() and stop(); async or not, each;
-- a function called serve, or a class with serve(sockets): a loop of its own, for what receives no batches. It is told
-  to stop by SIGTERM, and returns then.
+- a function called serve, or a class with serve(sockets): a loop of its own, for what receives no batches, TCP say. It
+  is told to stop by SIGTERM, and returns when it receives, or accepts, nothing more: from then on its successor does.
+
+What is accepted is the worker's own: a serve() that is to finish it does so before it returns, and meanwhile
+connections wait in the listener's queue; a class may do it in stop(), while the successor accepts already. Either has
+the graceful timeout. The sockets may be closed, but not shut down: the supervisor and the successor have the same.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from fastrecv._recv import Batch
 from fastrecv.receiver import Receiver
+from fastrecv.steerable import described
 from fastrecv.workers.counters import Counters, Row
 from fastrecv.workers.handlers import Handler, HandlerError, called, in_one_line
 from fastrecv.workers.logs import Limited
@@ -39,6 +40,11 @@ class Reading:
         self._idle = min(1.0, (task.settings.timeout or 3.0) / 3)  # seconds without a datagram until a sign of life
         self._looked = 0
         self._row: Row
+        if handler.handle is not None and sock.type == socket.SOCK_STREAM:
+            raise HandlerError(
+                f"{task.settings.handler!r} takes batches of datagrams, and {described(sock)} has connections: give it "
+                "serve(sockets), a loop that accepts them"
+            )
 
     def run(self) -> None:
         if self._handler.asynchronous:
@@ -95,6 +101,7 @@ class Reading:
         """Begin to count, where it may read: nobody else writes the row any more."""
         if self._orders.started:
             self._row = self._counters.row(self._slot)
+            self._sock.setblocking(True)  # whoever had it before: the flag is the socket's, not the descriptor's
         return self._orders.started
 
     def _say_stopped(self) -> None:

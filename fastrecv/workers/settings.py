@@ -14,7 +14,7 @@ import msgspec
 from fastrecv._recv import MAX_BATCH
 from fastrecv.policies import Policy
 
-__all__ = ["MAX_WORKERS", "Identity", "Settings", "Task", "identity", "parsed"]
+__all__ = ["MAX_WORKERS", "Identity", "Settings", "Task", "identity", "is_tcp", "parsed"]
 
 MAX_WORKERS = 128
 """As many as a balancer has slots (bpf/balance.h)."""
@@ -26,7 +26,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What a service is to be. ValueError for what cannot be.
 
     handler : "package.module:name" (fastrecv.workers.handlers). bind : ADDRESS:PORT, numeric, [ADDRESS]:PORT for IPv6;
-    None takes the sockets that systemd passes. workers : None: as many as systemd passes sockets, else 1.
+    after "tcp:" for connections; None takes the sockets that systemd passes. workers : None: as many as systemd passes
+    sockets, else 1.
     policy : whose datagrams stay with one worker (Policy.parse). user, group : names or numbers that workers become;
     None: they stay who the supervisor is. timeout : seconds without a sign of life until a worker is killed; 0: never.
     graceful_timeout : seconds to stop in, until it is killed. batch_size : datagrams of a batch at most.
@@ -83,16 +84,24 @@ def _within(name: str, value: int | None, low: int, high: int) -> None:
         raise ValueError(f"{name} is {value}: give {low:,} to {high:,}")
 
 
+def is_tcp(bind: str) -> bool:
+    """Whether connections are wanted: "tcp:" stands before the address."""
+    return bind.startswith("tcp:")
+
+
 def parsed(bind: str) -> tuple[str, int]:
-    """Host and port of ADDRESS:PORT or [ADDRESS]:PORT. ValueError."""
-    host, _, port = bind.rpartition(":")
+    """Host and port of ADDRESS:PORT or [ADDRESS]:PORT, perhaps after "udp:" or "tcp:". ValueError."""
+    host, _, port = bind.removeprefix("tcp:" if is_tcp(bind) else "udp:").rpartition(":")
     six = host.startswith("[") and host.endswith("]")
     try:
         fits = ip_address(host[1:-1] if six else host).version == (6 if six else 4)
     except ValueError:
         fits = False
     if not fits or not (port.isascii() and port.isdecimal() and 1 <= int(port[:6]) <= 65535):
-        raise ValueError(f"{bind!r} is no address to bind to: give ADDRESS:PORT, like 0.0.0.0:2055, or [ADDRESS]:PORT")
+        raise ValueError(
+            f"{bind!r} is no address to bind to: give ADDRESS:PORT, like 0.0.0.0:2055, or [ADDRESS]:PORT, "
+            "with tcp: before it for connections"
+        )
     return host.strip("[]"), int(port)
 
 

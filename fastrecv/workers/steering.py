@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from errno import EPERM
 
 from fastrecv import reuseport
 from fastrecv.balance import Balancer
 from fastrecv.classic import Filter
 from fastrecv.errors import BpfError, SocketRefusedError
+from fastrecv.groups import Lookout
 from fastrecv.policies import Policy
+from fastrecv.sockets import drop_everything
+from fastrecv.steerable import protocol_of
+from fastrecv.workers.guarding import Guard
 
 __all__ = ["Steering"]
 
@@ -28,14 +33,22 @@ class Steering:
 
     With a Balancer, senders move as few as can and any slot may be without. Classic BPF divides them among all members,
     by their order; the kernel's hash too.
+
+    guard : looks after the group; None where the socket shares its port with nobody.
     """
 
     def __init__(self, policy: Policy, members: Sequence[socket.socket], log: logging.Logger, *, passed: bool) -> None:
         self._log = log
         self._by: Balancer | Filter | None = None
         self._kept = members[0] if passed else None
+        self.guard: Guard | None = None
         if not are_group(members):
             return
+        self._begin(policy, members, passed)
+        self.guard = Guard(None if self._by is None else _lookout(members[0], log), log)
+
+    def _begin(self, policy: Policy, members: Sequence[socket.socket], passed: bool) -> None:
+        log = self._log
         try:
             self._by = _best(policy, members, passed and reuseport.detach(members[0]))
         except BpfError as error:
@@ -65,14 +78,43 @@ class Steering:
         return True
 
     def leave(self, slot: int, member: socket.socket) -> None:
-        """Before the queue of a member of ours is read to its end: no packet comes to it when this returns."""
+        """Before the queue of a member of ours is read to its end: no packet comes to it when this returns.
+
+        To a listener come none by a Balancer or by classic BPF, but for handshakes that have begun, once it has no
+        share. With a Balancer they find another listener when it is closed, and so do connections that nobody has
+        accepted; without one these are reset.
+        """
+        if member.type == socket.SOCK_STREAM:
+            return
         if isinstance(self._by, Balancer):
-            self._by.retire(slot, member)
-        else:
+            try:
+                self._by.retire(slot, member)
+            except PermissionError:  # its worker has bound it to an interface: it has left the group by that
+                self._by.unregister(slot)
+            return
+        with contextlib.suppress(PermissionError):
             reuseport.retire(member)
-            time.sleep(_GRACE)
+        time.sleep(_GRACE)
+
+    def end(self, members: Mapping[int, socket.socket], others: set[int]) -> None:
+        """Let nothing come to these members any more; what waits in them stays. others : slots that go on.
+
+        Who sends is not told; who connects is refused by a Balancer, when handshakes that have begun go on. Without one
+        listeners go on: a filter on a TCP socket takes CAP_NET_ADMIN (seen on Linux 6.18, where UDP takes none).
+        """
+        for member in members.values():
+            if member.type != socket.SOCK_STREAM:
+                drop_everything(member)
+            elif isinstance(self._by, Balancer):
+                self._by.weigh(dict.fromkeys(sorted(others), 1))
+
+    def look(self, members: Mapping[int, socket.socket]) -> list[int]:
+        """Put back what workers have undone, once a second; the slots whose sockets are of no use any more."""
+        return [] if self.guard is None else self.guard.look(self._by, members)
 
     def close(self) -> None:
+        if self.guard is not None:
+            self.guard.close()
         if self._kept is not None and self._by is not None:
             reuseport.detach(self._kept)
         if isinstance(self._by, Balancer):
@@ -89,6 +131,15 @@ def _best(policy: Policy, members: Sequence[socket.socket], replaced: bool) -> B
             if not replaced or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
+
+
+def _lookout(member: socket.socket, log: logging.Logger) -> Lookout | None:
+    """By which the group's program is seen when privileges are given up; None, said why, where that cannot be."""
+    try:
+        return Lookout(protocol_of(member), member.getsockname()[1])
+    except OSError as error:
+        log.warning("nobody sees whether a worker replaces the group's program: %s", error)
+        return None
 
 
 def are_group(members: Sequence[socket.socket]) -> bool:
