@@ -65,6 +65,12 @@ struct member {
 };
 
 const struct member *const volatile layout; /* so that the object describes the struct */
+const volatile __u16 only_port;             /* set before load; 0: every port */
+
+static __always_inline int passed_over(struct sock *sk)
+{
+	return only_port && BPF_CORE_READ(sk, __sk_common.skc_num) != only_port;
+}
 
 static __always_inline __u32 drops_of(struct sock *sk)
 {
@@ -138,7 +144,7 @@ int tcp(struct bpf_iter__tcp *ctx)
 	struct member member = {};
 	struct sock *sk = (void *)common;
 
-	if (!common || common->skc_state != TCP_LISTEN)
+	if (!common || common->skc_state != TCP_LISTEN || passed_over(sk))
 		return 0; /* at the end there is none; the others are no whole sockets, or in no group */
 	describe(&member, sk, ctx->uid);
 	member.queue = BPF_CORE_READ(sk, sk_ack_backlog);
@@ -155,7 +161,7 @@ int udp(struct bpf_iter__udp *ctx)
 	struct sock *sk = (void *)udp;
 	int queue;
 
-	if (!udp)
+	if (!udp || passed_over(sk))
 		return 0;
 	describe(&member, sk, ctx->uid);
 	/* What its reader has taken out but not given back yet does not wait (net/ipv4/udp.c, udp_rmem_release). */

@@ -1,7 +1,7 @@
 """Reuseport groups as the kernel has them: who is in one, at which place, what waits in each queue, and which program
 decides. No socket option, file of /proc or netlink message says that; a BPF iterator does.
 
-Reading takes CAP_BPF and CAP_PERFMON, and Linux 5.12 with BTF (/sys/kernel/btf/vmlinux).
+Loading it takes CAP_BPF and CAP_PERFMON, and Linux 5.12 with BTF (/sys/kernel/btf/vmlinux); reading it takes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -25,7 +25,18 @@ from fastrecv.netns import Namespace
 from fastrecv.netns import cookie_of as namespace_of
 from fastrecv.steerable import cookie_of, described
 
-__all__ = ["CLASSIC", "STATES", "Groups", "Member", "Owner", "has_others", "members", "owners", "program_of"]
+__all__ = [
+    "CLASSIC",
+    "STATES",
+    "Groups",
+    "Lookout",
+    "Member",
+    "Owner",
+    "has_others",
+    "members",
+    "owners",
+    "program_of",
+]
 
 Address = IPv4Address | IPv6Address
 
@@ -39,6 +50,8 @@ STATES = (
 """The kernel's names of a socket's state, by number (include/net/tcp_states.h)."""
 
 _PASSES = 4
+_PURPOSE = "reading reuseport groups"
+_PROGRAMS = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +107,7 @@ class Groups(Closing):
     """
 
     def __init__(self) -> None:
-        self._object = bpf.tracing("groups", "reading reuseport groups")
+        self._object = bpf.tracing("groups", _PURPOSE)
         self._dtype = self._object.dtype("member")
 
     def close(self) -> None:
@@ -118,6 +131,42 @@ class Groups(Closing):
     def members(self) -> list[Member]:
         """Those of `sockets` that are in a reuseport group."""
         return [one for one in self.sockets() if one.group is not None]
+
+
+class Lookout(Closing):
+    """The TCP listeners or UDP sockets of one port, for who looks on when he has given his capabilities up.
+
+    Opening it takes CAP_BPF and CAP_PERFMON, looking takes no privilege: see Link.iterate. PermissionError says which
+    is missing. A look passes by all sockets of the protocol in the calling thread's network namespace: 7 ms beside
+    10,000 others (one machine).
+    """
+
+    def __init__(self, protocol: int, port: int) -> None:
+        """The protocol: IPPROTO_TCP or IPPROTO_UDP. The port: local, of whatever address."""
+        with bpf.tracing("groups", _PURPOSE, only_port=port) as loaded:
+            self._link = loaded.programs[_PROGRAMS[protocol]].attach_iterator()
+            self._dtype = loaded.dtype("member")
+
+    @classmethod
+    def of(cls, link: int) -> Self:
+        """One that was opened before, from its `fileno`, which is its own from now on. No privilege."""
+        made = cls.__new__(cls)
+        made._link = bpf.Link.take(link)
+        with bpf.packaged("groups") as layout:
+            made._dtype = layout.dtype("member")
+        return made
+
+    def fileno(self) -> int:
+        """Of the link, which is all that it holds."""
+        return self._link.fileno()
+
+    def look(self) -> dict[int, Member]:
+        """The sockets as they are, by their cookies. In the first look `Member.group` may be 0: it has no name yet."""
+        rows = np.frombuffer(self._link.iterate(), self._dtype)
+        return {one.cookie: one for one in map(_member, rows)}
+
+    def close(self) -> None:
+        self._link.close()
 
 
 def _member(row: Any) -> Member:

@@ -15,6 +15,7 @@ __all__ = [
     "cookie_of",
     "described",
     "has_peer",
+    "listens",
     "no_group",
     "protocol_of",
 ]
@@ -71,7 +72,7 @@ def check_steerable(sock: socket.socket) -> None:
     check_kind(sock)
     if has_peer(sock):
         raise SocketRefusedError(f"{described(sock)} is connected: packets cannot be steered to it")
-    if not _listens(sock):
+    if not listens(sock):
         raise SocketRefusedError(f"{described(sock)} does not listen: register it after listen()")
     if sock.getsockname()[1] == 0:
         raise SocketRefusedError(f"{described(sock)} is not bound: register it after bind()")
@@ -80,7 +81,7 @@ def check_steerable(sock: socket.socket) -> None:
 def check_member(sock: socket.socket) -> None:
     """SocketRefusedError for what is no member of a reuseport group, or not yet."""
     check_kind(sock)
-    if not has_peer(sock) and not (_listens(sock) and sock.getsockname()[1]):
+    if not has_peer(sock) and not (listens(sock) and sock.getsockname()[1]):
         raise SocketRefusedError(
             f"{described(sock)} is in no group yet: it joins by bind(), TCP by listen(). (A program that is attached "
             "before makes the next member's bind() or listen() fail with EADDRINUSE.)"
@@ -97,6 +98,6 @@ def no_group(sock: socket.socket) -> SocketRefusedError:
     return SocketRefusedError(f"{described(sock)} is in no group: {cure}")
 
 
-def _listens(sock: socket.socket) -> bool:
+def listens(sock: socket.socket) -> bool:
     """Whether a socket listens, where it is one that must."""
     return sock.type != socket.SOCK_STREAM or bool(sock.getsockopt(socket.SOL_SOCKET, _SO_ACCEPTCONN))

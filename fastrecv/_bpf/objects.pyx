@@ -17,7 +17,6 @@ from fastrecv._bpf.libbpf cimport (
     BPF_SK_LOOKUP,
     BPF_TRACE_ITER,
     BPF_XDP,
-    bpf_iter_create,
     bpf_link_create,
     bpf_link_create_opts,
     bpf_map,
@@ -50,8 +49,6 @@ from libc.string cimport memcpy, memset
 from posix.mman cimport MAP_FAILED, MAP_FIXED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap
 
 TestRun = namedtuple("TestRun", "verdict data context duration_ns")
-
-_PART = 1 << 16  # bytes; the kernel gives no more than 8 pages at once (kernel/bpf/bpf_iter.c)
 
 
 cdef class _Variable:
@@ -270,29 +267,14 @@ cdef class Program(Descriptor):
             result = bpf_raw_tracepoint_open(NULL, fd)
         return take_link(check(result, f"attaching program {self.name} to its tracepoint"))
 
-    def iterate(self):
-        """All that an iterator program writes about what it is run for, as bytes. Linux 5.8.
+    def attach_iterator(self):
+        """The link of an iterator program, by which it is run: Link.iterate. Linux 5.8."""
+        return self.attach(0, BPF_TRACE_ITER, 0, "its iterator")
 
-        What has a network namespace is looked for in the calling thread's.
-        """
-        cdef int link_fd, fd = -1
-        with self.attach(0, BPF_TRACE_ITER, 0, "its iterator") as link:
-            link_fd = link.fileno()
-            with nogil:
-                fd = bpf_iter_create(link_fd)
-        check(fd, f"iterating with program {self.name}")
-        try:
-            parts = []
-            while True:
-                try:
-                    part = os.read(fd, _PART)
-                except BlockingIOError:  # a million passed over; the next read goes on from there
-                    continue
-                if not part:
-                    return b"".join(parts)
-                parts.append(part)
-        finally:
-            os.close(fd)
+    def iterate(self):
+        """All that an iterator program writes about what it is run for, as bytes: Link.iterate. Linux 5.8."""
+        with self.attach_iterator() as link:
+            return link.iterate()
 
     cdef attach(self, int target, int kind, unsigned int flags, str where):
         cdef bpf_link_create_opts opts

@@ -25,7 +25,8 @@ def _by_default(name: str, text: str) -> str:
 @click.command()
 @click.argument("handler", metavar="[PACKAGE.MODULE:NAME]", required=False)
 @click.option("-c", "--config", metavar="FILE", help=f"A TOML file of settings.  [default: {FILE}]")
-@click.option("-b", "--bind", metavar="ADDRESS:PORT", help="[ADDRESS]:PORT for IPv6.  [default: what systemd passes]")
+@click.option("-b", "--bind", metavar="[tcp:]ADDRESS:PORT",
+              help="[ADDRESS]:PORT for IPv6; tcp: for connections.  [default: what systemd passes]")  # fmt: skip
 @click.option("-w", "--workers", type=click.IntRange(1, MAX_WORKERS),
               help="Each has a socket of its own.  [default: 1, or as many as systemd passes sockets]")  # fmt: skip
 @click.option("--policy", help=_by_default("policy",
@@ -57,10 +58,11 @@ def _by_default(name: str, text: str) -> str:
 @click.option("--check", is_flag=True, help="Print the settings that would hold, and where each comes from.")
 @output.json_option
 def run(config: str | None, check: bool, as_json: bool, **options: Any) -> int:
-    """Serve datagrams by worker processes whose sockets outlive them.
+    """Serve datagrams, or connections, by worker processes whose sockets outlive them.
 
     The handler is a function handle(batch), plain or async; a class with handle(batch) and perhaps start() and stop();
-    or serve(sockets), with a loop of its own. It is imported by the workers only, without capabilities.
+    or serve(sockets), with a loop of its own, for connections. It is imported by the workers only, without
+    capabilities.
 
     Every option has the same name in a TOML file (receive-buffer = 8388608; [limits] is a table) and in the environment
     (FASTRECV_RECEIVE_BUFFER; FASTRECV_LIMITS="nofile=1024,core=0"). Options come before the environment, and that

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from fastrecv.errors import StateError
-from fastrecv.sockets import drop_everything, drops
+from fastrecv.sockets import drops
 from fastrecv.workers import opening, slots, snapshots
 from fastrecv.workers.counters import Counters
 from fastrecv.workers.process import Process, ending
@@ -111,9 +111,10 @@ class Fleet:
         """Stop the flow, then let every queue be read to its end."""
         self.stopping = True
         self._rolling.clear()
-        for slot in self.slots:
-            if slot.own:
-                drop_everything(slot.sock)
+        self._steering.end(
+            {slot.number: slot.sock for slot in self.slots if slot.own},
+            {slot.number for slot in self.slots if not slot.own},
+        )
         for slot in self.slots:
             slot.leave()
 
@@ -169,9 +170,26 @@ class Fleet:
             slot.act(now, self._settings.timeout)
         self.begun = self.begun or all(slot.reader is not None for slot in self.slots)
         if not self.stopping:
+            self._guard()
             self._roll()
             self._resize()
             self._share()
+
+    def _guard(self) -> None:
+        """Put another socket in the place of each that has left the group for good."""
+        for number in self._steering.look({slot.number: slot.sock for slot in self.slots if not slot.leaving}):
+            slot = self.slots[number]
+            if not slot.own:
+                continue
+            self._steering.leave(number, slot.sock)  # or it could take the datagrams of all
+            others = [other.sock for other in self.slots if other is not slot]
+            try:
+                slot.renew(opening.another(self._settings, [*others, slot.sock]))
+                self._steering.join(number, slot.sock)
+            except OSError as error:
+                self._log.error("worker %d has no socket in the group: %s", number, error.strerror or error)
+            else:
+                self._log.info("worker %d gets another socket", number)
 
     def _roll(self) -> None:
         """The rolling restart: the first of those who are left, until its successor reads."""

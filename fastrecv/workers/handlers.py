@@ -5,8 +5,12 @@
 - such a class with snapshot() and restore(data), async or not, whose state outlives it: what snapshot returns after a
   batch, bytes, or None where nothing has changed since, is given to the restore of the next worker at the same socket,
   when all others have stopped for good and before its first batch. Its stop() is called before the last snapshot;
-- a function called serve, or a class with serve(sockets): a loop of its own, for what receives no batches. It is told
-  to stop by SIGTERM, and returns then.
+- a function called serve, or a class with serve(sockets): a loop of its own, for what receives no batches, TCP say. It
+  is told to stop by SIGTERM, and returns when it receives, or accepts, nothing more: from then on its successor does.
+
+What is accepted is the worker's own: a serve() that is to finish it does so before it returns, and meanwhile
+connections wait in the listener's queue; a class may do it in stop(), while the successor accepts already. Either has
+the graceful timeout. The sockets may be closed, but not shut down: the supervisor and the successor have the same.
 """
 
 from __future__ import annotations

@@ -1,19 +1,24 @@
-"""The sockets of a service: opened here, or those that systemd has passed."""
+"""The sockets of a service, of datagrams or listeners: opened here, or those that systemd has passed."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Mapping
+from ipaddress import ip_address
+from typing import Any
 
 from fastrecv import groups
+from fastrecv.companions import binding
 from fastrecv.errors import SocketRefusedError, StateError
 from fastrecv.listeners import from_systemd
 from fastrecv.sockets import grow_receive_buffer, open_datagram
 from fastrecv.steerable import described
-from fastrecv.workers.settings import Settings, parsed
+from fastrecv.workers.settings import Settings, is_tcp, parsed
 
-__all__ = ["another", "inherited", "members"]
+__all__ = ["another", "inherited", "listen", "members"]
+
+_BACKLOG = 65535  # connections that may wait; the kernel cuts it to net.core.somaxconn (listen(2))
 
 
 def inherited(environment: Mapping[str, str] = os.environ) -> list[socket.socket]:
@@ -67,11 +72,34 @@ def another(settings: Settings, present: list[socket.socket]) -> socket.socket:
         raise StateError(
             f"{described(present[0])} has no other socket beside it, so one worker only: set ReusePort=yes in its unit"
         )
-    if present and present[0].type != socket.SOCK_DGRAM:
-        raise StateError(f"{described(present[0])} is none of datagrams: let systemd pass as many as there are workers")
-    sock = open_datagram(address, reuse_port=True, dual_stack=settings.bind is not None)
+    tcp = is_tcp(settings.bind) if settings.bind is not None else present[0].type == socket.SOCK_STREAM
+    dual_stack = settings.bind is not None
+    if tcp:
+        return _listener(address, settings, dual_stack)
+    sock = open_datagram(address, reuse_port=True, dual_stack=dual_stack)
     _grow(sock, settings)
     return sock
+
+
+def _listener(address: tuple[Any, ...], settings: Settings, dual_stack: bool) -> socket.socket:
+    """One more listener of the group, listening."""
+    host = ip_address(address[0])
+    sock = socket.socket(socket.AF_INET6 if host.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if host.version == 6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dual_stack)
+        binding.bind(sock, host, address[1])
+        _grow(sock, settings)  # before it listens: its connections inherit it
+        listen(sock)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def listen(sock: socket.socket) -> None:
+    sock.listen(_BACKLOG)
 
 
 def _grow(sock: socket.socket, settings: Settings) -> None:

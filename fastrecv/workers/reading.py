@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from fastrecv._recv import Batch
 from fastrecv.receiver import Receiver
+from fastrecv.steerable import described
 from fastrecv.workers.counters import Counters, Row
 from fastrecv.workers.handlers import Handler, HandlerError, called, in_one_line
 from fastrecv.workers.logs import Limited
@@ -47,6 +48,11 @@ class Reading:
         self._looked = 0
         self._row: Row
         self._snapshots: Snapshots
+        if handler.handle is not None and sock.type == socket.SOCK_STREAM:
+            raise HandlerError(
+                f"{task.settings.handler!r} takes batches of datagrams, and {described(sock)} has connections: give it "
+                "serve(sockets), a loop that accepts them"
+            )
 
     def run(self) -> None:
         if self._handler.asynchronous:
@@ -112,6 +118,7 @@ class Reading:
         if self._orders.started:
             self._row = self._counters.row(self._slot)
             self._snapshots = Snapshots(self._kept, self._row)
+            self._sock.setblocking(True)  # whoever had it before: the flag is the socket's, not the descriptor's
         return self._orders.started
 
     @contextlib.contextmanager

@@ -17,7 +17,7 @@ from fastrecv.policies import Policy
 from fastrecv.workers.attributes import Attributes, allowed, limit, listed
 from fastrecv.workers.logs import LogFormat
 
-__all__ = ["MAX_WORKERS", "Identity", "SettingError", "Settings", "Task", "attributes", "identity", "parsed"]
+__all__ = ["MAX_WORKERS", "Identity", "SettingError", "Settings", "Task", "attributes", "identity", "is_tcp", "parsed"]
 
 MAX_WORKERS = 128
 """As many as a balancer has slots (bpf/balance.h)."""
@@ -42,7 +42,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What a service is to be. SettingError for what cannot be.
 
     handler : "package.module:name" (fastrecv.workers.handlers). bind : ADDRESS:PORT, numeric, [ADDRESS]:PORT for IPv6;
-    None takes the sockets that systemd passes. workers : None: as many as systemd passes sockets, else 1.
+    after "tcp:" for connections; None takes the sockets that systemd passes. workers : None: as many as systemd passes
+    sockets, else 1.
     policy : whose datagrams stay with one worker (Policy.parse). user, group : names or numbers that workers become;
     None: they stay who the supervisor is. timeout : seconds without a sign of life until a worker is killed; 0: never.
     graceful_timeout : seconds to stop in, until it is killed. batch_size : datagrams of a batch at most.
@@ -137,16 +138,24 @@ def _limits(limits: dict[str, int | str]) -> dict[int, int]:
     return dict(_read(f"limits.{name}", limit, name, value) for name, value in limits.items())
 
 
+def is_tcp(bind: str) -> bool:
+    """Whether connections are wanted: "tcp:" stands before the address."""
+    return bind.startswith("tcp:")
+
+
 def parsed(bind: str) -> tuple[str, int]:
-    """Host and port of ADDRESS:PORT or [ADDRESS]:PORT. ValueError."""
-    host, _, port = bind.rpartition(":")
+    """Host and port of ADDRESS:PORT or [ADDRESS]:PORT, perhaps after "udp:" or "tcp:". ValueError."""
+    host, _, port = bind.removeprefix("tcp:" if is_tcp(bind) else "udp:").rpartition(":")
     six = host.startswith("[") and host.endswith("]")
     try:
         fits = ip_address(host[1:-1] if six else host).version == (6 if six else 4)
     except ValueError:
         fits = False
     if not fits or not (port.isascii() and port.isdecimal() and 1 <= int(port[:6]) <= 65535):
-        raise ValueError(f"{bind!r} is no address to bind to: give ADDRESS:PORT, like 0.0.0.0:2055, or [ADDRESS]:PORT")
+        raise ValueError(
+            f"{bind!r} is no address to bind to: give ADDRESS:PORT, like 0.0.0.0:2055, or [ADDRESS]:PORT, "
+            "with tcp: before it for connections"
+        )
     return host.strip("[]"), int(port)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import socket
 import time
@@ -22,6 +23,7 @@ _AT_ONCE = 1.0  # seconds of reading: who dies earlier has died at once
 _BACKOFF = (0.0, 0.1, 0.2, 0.4, 0.8)  # seconds before the next try, by how many have died at once; then no more
 _IMPORT = 60.0  # seconds until a worker must be ready, where the timeout is shorter
 _WELL = (0, -signal.SIGTERM)
+_HANDSHAKES = 0.3  # seconds: handshakes that have begun end within a round trip
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -40,6 +42,8 @@ class Record(msgspec.Struct, frozen=True):
     drained: bool
     given_up: bool
     new: bool
+    left_at: float
+    cause: str | None
 
 
 class Slot:
@@ -64,6 +68,7 @@ class Slot:
         self._going: list[Process] = []  # who have read for the last time, and have not ended
         self._deaths = 0
         self._again_at: float | None = None
+        self._left_at = 0.0
         self.leaving = self.drained = self.given_up = self.new = False
         self.cause: str | None = None
 
@@ -72,6 +77,7 @@ class Slot:
         self.reader, self.successor = _resumed(record.reader), _resumed(record.successor)
         self._going = [Process.resume(one) for one in record.going]
         self._deaths, self._again_at = record.deaths, record.again_at
+        self._left_at, self.cause = record.left_at, record.cause
         self.leaving, self.drained, self.given_up, self.new = (
             record.leaving, record.drained, record.given_up, record.new,
         )  # fmt: skip
@@ -81,6 +87,7 @@ class Slot:
             self.number, self.sock.fileno(), self.own, self.snapshots,
             _recorded(self.reader), _recorded(self.successor), [one.record() for one in self._going],
             self._deaths, self._again_at, self.leaving, self.drained, self.given_up, self.new,
+            self._left_at, self.cause,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -107,17 +114,40 @@ class Slot:
         """Have the queue read to its end, and nobody after that; a socket of others' is left with its queue."""
         if self.leaving:
             return
-        self.leaving = True
+        self.leaving, self._left_at = True, time.monotonic()
         self.drained = not self.own
         reader = self.reader
         if reader is not None and reader.told is None:
-            (reader.drain if self.own else reader.stop)(self._seconds)
+            self._let_end(reader)
         elif self.own:  # the successor is to do it
             if self.successor is None and not self.given_up:
                 self.begin()
             return
         if self.successor is not None:
             self.successor.kill()
+
+    def _let_end(self, reader: Process) -> None:
+        """Tell the reader of a slot that leaves; of a listener when its loop, which `drain` ends, has accepted all."""
+        if not self.own:
+            reader.stop(self._seconds)
+        elif self.sock.type != socket.SOCK_STREAM or self._accepted():
+            reader.drain(self._seconds)
+
+    def _accepted(self) -> bool:
+        """Whether no connection waits any more; half of the time to stop in may go by until then."""
+        passed = time.monotonic() - self._left_at
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return (passed > _HANDSHAKES and not poll.poll(0)) or passed > self._seconds / 2
+
+    def renew(self, sock: socket.socket) -> None:
+        """Go on with another socket of one's own. Who reads the old one reads that to its end."""
+        self.sock.close()
+        self.sock = sock
+        if self.successor is not None:
+            self.successor.kill()  # it has the old one
+        if self.reader is not None and self.reader.told is None:
+            self.reader.drain(self._seconds)
 
     def heard(self, process: Process) -> None:
         """Take what one of the processes has said."""
@@ -130,7 +160,7 @@ class Slot:
     def _stopped(self, reader: Process) -> None:
         """The reader has read for the last time, as it was told to."""
         self.reader = None
-        self.drained |= reader.told == "drain"
+        self.drained |= self.leaving and reader.told == "drain"
         if self.successor is None and not self.drained:
             self._again_at = time.monotonic()
 
@@ -147,7 +177,7 @@ class Slot:
         successor.start()
         self._log.info("worker %d [%d] reads", self.number, successor.pid)
         if self.leaving:
-            successor.drain(self._seconds)
+            self._let_end(successor)
 
     def ended(self, process: Process) -> None:
         """One of the processes has ended."""
@@ -197,6 +227,8 @@ class Slot:
         """What the time has come for: another try, or the end of who hangs or takes too long. timeout : 0 is never."""
         if self._again_at is not None and now >= self._again_at and not self.drained:
             self.begin()
+        if self.leaving and self.reader is not None and self.reader.told is None:
+            self._let_end(self.reader)
         for process in self.processes:
             if process.deadline is not None and now >= process.deadline:
                 process.deadline = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from errno import EPERM
 from typing import Literal
@@ -17,7 +18,11 @@ from fastrecv.balance import Balancer, Empty
 from fastrecv.balance_maps import Maps
 from fastrecv.classic import Filter
 from fastrecv.errors import BpfError, SocketRefusedError
+from fastrecv.groups import Lookout
 from fastrecv.policies import Policy
+from fastrecv.sockets import drop_everything
+from fastrecv.steerable import protocol_of
+from fastrecv.workers.guarding import Guard
 
 __all__ = ["Chooser", "Record", "Steering"]
 
@@ -29,15 +34,21 @@ _FREED = 5.0  # seconds
 _GRACE = 0.1  # seconds: a grace period of RCU takes some 10 ms
 
 
-class Record(msgspec.Struct, frozen=True):
-    """What the next supervisor of the same process id must know: either maps (descriptors), of a Balancer, or size, of
-    a Filter, or neither.
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What the next supervisor of the same process id must know.
+
+    Either maps (descriptors), of a Balancer, or size, of a Filter, or neither; lookout : a descriptor, of a Guard's.
     """
 
     kept: bool
     seed: int | None
-    maps: dict[str, int] | None
+    maps: dict[str, int]
     size: int | None
+    guarded: bool
+    lookout: int | None
+
+    def descriptors(self) -> list[int]:
+        return [*self.maps.values(), *([] if self.lookout is None else [self.lookout])]
 
 
 class Steering:
@@ -45,10 +56,12 @@ class Steering:
 
     With a Balancer, senders move as few as can and any slot may be without. Classic BPF divides them among all members,
     by their order; the kernel's hash too.
+
+    guard : looks after the group; None where the socket shares its port with nobody.
     """
 
-    def __init__(self, by: Balancer | Filter | None, kept: socket.socket | None) -> None:
-        self._by, self._kept = by, kept
+    def __init__(self, by: Balancer | Filter | None, guard: Guard | None, kept: socket.socket | None) -> None:
+        self._by, self.guard, self._kept = by, guard, kept
 
     @classmethod
     def begin(cls, policy: Policy, members: Sequence[socket.socket], log: logging.Logger, *, passed: bool) -> Steering:
@@ -59,38 +72,41 @@ class Steering:
         """
         kept = members[0] if passed else None
         if not are_group(members):
-            return cls(None, kept)
+            return cls(None, None, kept)
         try:
             by = _best(policy, members, passed and reuseport.detach(members[0]))
         except BpfError as error:
             if error.errno != EPERM:
                 raise
             log.warning("policy %s takes CAP_BPF: the kernel's hash of both ends decides who gets a sender", policy)
-            return cls(None, kept)
+            return cls(None, Guard(None, log), kept)
         if isinstance(by, Filter):
             log.warning("without CAP_BPF: classic BPF by %s, so a worker more or less moves nearly all senders", policy)
         else:
             log.info("senders are balanced by %s", policy)
-        return cls(by, kept)
+        return cls(by, Guard(_lookout(members[0], log), log), kept)
 
     @classmethod
-    def resume(cls, record: Record, policy: Policy, first: socket.socket) -> Steering:
+    def resume(cls, record: Record, policy: Policy, first: socket.socket, log: logging.Logger) -> Steering:
         """As it was before this program was executed. first : of the members."""
         by: Balancer | Filter | None = None
         policy = replace(policy, seed=record.seed)
-        if record.maps is not None:
+        if record.maps:
             by = Balancer.of(Maps.inherit(record.maps), policy, _EMPTY, 0)
         elif record.size is not None:
             by = Filter(policy, record.size)
-        return cls(by, first if record.kept else None)
+        lookout = None if record.lookout is None else Lookout.of(record.lookout)
+        return cls(by, Guard(lookout, log) if record.guarded else None, first if record.kept else None)
 
     def record(self) -> Record:
         by = self._by
         return Record(
-            self._kept is not None,
-            None if by is None else by.policy.seed,
-            by.maps.descriptors() if isinstance(by, Balancer) else None,
-            by.size if isinstance(by, Filter) else None,
+            kept=self._kept is not None,
+            seed=None if by is None else by.policy.seed,
+            maps=by.maps.descriptors() if isinstance(by, Balancer) else {},
+            size=by.size if isinstance(by, Filter) else None,
+            guarded=self.guard is not None,
+            lookout=None if self.guard is None or self.guard.lookout is None else self.guard.lookout.fileno(),
         )
 
     @property
@@ -116,14 +132,43 @@ class Steering:
         return True
 
     def leave(self, slot: int, member: socket.socket) -> None:
-        """Before the queue of a member of ours is read to its end: no packet comes to it when this returns."""
+        """Before the queue of a member of ours is read to its end: no packet comes to it when this returns.
+
+        To a listener come none by a Balancer or by classic BPF, but for handshakes that have begun, once it has no
+        share. With a Balancer they find another listener when it is closed, and so do connections that nobody has
+        accepted; without one these are reset.
+        """
+        if member.type == socket.SOCK_STREAM:
+            return
         if isinstance(self._by, Balancer):
-            self._by.retire(slot, member)
-        else:
+            try:
+                self._by.retire(slot, member)
+            except PermissionError:  # its worker has bound it to an interface: it has left the group by that
+                self._by.unregister(slot)
+            return
+        with contextlib.suppress(PermissionError):
             reuseport.retire(member)
-            time.sleep(_GRACE)
+        time.sleep(_GRACE)
+
+    def end(self, members: Mapping[int, socket.socket], others: set[int]) -> None:
+        """Let nothing come to these members any more; what waits in them stays. others : slots that go on.
+
+        Who sends is not told; who connects is refused by a Balancer, when handshakes that have begun go on. Without one
+        listeners go on: a filter on a TCP socket takes CAP_NET_ADMIN (seen on Linux 6.18, where UDP takes none).
+        """
+        for member in members.values():
+            if member.type != socket.SOCK_STREAM:
+                drop_everything(member)
+            elif isinstance(self._by, Balancer):
+                self._by.weigh(dict.fromkeys(sorted(others), 1))
+
+    def look(self, members: Mapping[int, socket.socket]) -> list[int]:
+        """Put back what workers have undone, once a second; the slots whose sockets are of no use any more."""
+        return [] if self.guard is None else self.guard.look(self._by, members)
 
     def close(self) -> None:
+        if self.guard is not None:
+            self.guard.close()
         if self._kept is not None and self._by is not None:
             reuseport.detach(self._kept)
         if isinstance(self._by, Balancer):
@@ -140,6 +185,15 @@ def _best(policy: Policy, members: Sequence[socket.socket], replaced: bool) -> B
             if not replaced or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
+
+
+def _lookout(member: socket.socket, log: logging.Logger) -> Lookout | None:
+    """By which the group's program is seen when privileges are given up; None, said why, where that cannot be."""
+    try:
+        return Lookout(protocol_of(member), member.getsockname()[1])
+    except OSError as error:
+        log.warning("nobody sees whether a worker replaces the group's program: %s", error)
+        return None
 
 
 def are_group(members: Sequence[socket.socket]) -> bool:

@@ -53,7 +53,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         yield self.counters
         if self.control is not None:
             yield self.control
-        yield from (self.steering.maps or {}).values()
+        yield from self.steering.descriptors()
         for slot in self.fleet.slots:
             yield from (slot.sock, slot.snapshots)
             for process in (slot.reader, slot.successor, *slot.going):

@@ -110,7 +110,7 @@ class Supervisor:
     def _resume(self, record: Record) -> None:
         """Go on from where the program before this one was."""
         members = [socket.socket(fileno=slot.sock) for slot in record.fleet.slots]
-        self._steering = Steering.resume(record.steering, self._policy, members[0])
+        self._steering = Steering.resume(record.steering, self._policy, members[0], self._log)
         self._counters = Counters(record.counters)
         self._end_by, self._began = record.end_by, record.began
         self._fleet = self._made()

@@ -61,7 +61,8 @@ def _forsaken(task: Task) -> bool:
     signal.setitimer(signal.ITIMER_REAL, task.settings.graceful_timeout or 1e-6)
     if task.own:
         with socket.socket(fileno=os.dup(task.socket)) as sock:
-            drop_everything(sock)
+            if sock.type == socket.SOCK_DGRAM:  # on a listener it takes CAP_NET_ADMIN
+                drop_everything(sock)
     return task.own
 
 

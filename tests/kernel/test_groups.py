@@ -16,7 +16,7 @@ import pytest
 
 from fastrecv import groups
 from fastrecv.errors import SocketRefusedError, StateError
-from fastrecv.groups import CLASSIC, STATES, Groups, Member, Owner
+from fastrecv.groups import CLASSIC, STATES, Groups, Lookout, Member, Owner
 from fastrecv.netns import Namespace
 from fastrecv.sockets import drops
 from fastrecv.steerable import cookie_of
@@ -45,6 +45,12 @@ def opened(stage: Stage, kind: int, count: int, host: str = HOST, port: int = PO
         if kind == TCP:
             sock.listen()
     return found
+
+
+def attach_classic(member: socket.socket) -> None:
+    instruction = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF_RET | BPF_K, index 0
+    classic = struct.pack("HP", 1, ctypes.addressof(instruction))
+    member.setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, classic)
 
 
 @kinds
@@ -133,9 +139,7 @@ def test_the_attached_program_is_named_and_a_classic_one_told_apart(stage: Stage
         assert [of(sock, seen).program for sock in sockets] == [program.info.id] * 2
         assert of(others[0], seen).program is None
         assert groups.program_of(sockets[1]) == program.info.id
-    instruction = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF_RET | BPF_K, index 0
-    classic = struct.pack("HP", 1, ctypes.addressof(instruction))
-    sockets[1].setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, classic)
+    attach_classic(sockets[1])
     assert [one.program for one in reader.members()] == [CLASSIC, CLASSIC, None]
     assert groups.program_of(sockets[0]) == CLASSIC
     sockets[0].setsockopt(socket.SOL_SOCKET, SO_DETACH_REUSEPORT_BPF, 0)
@@ -220,6 +224,31 @@ def test_reading_takes_cap_bpf_and_cap_perfmon_and_no_more(stage: Stage) -> None
     for held in (CAP_BPF, CAP_PERFMON):
         with only(held), pytest.raises(PermissionError, match="needs CAP_BPF and CAP_PERFMON: run as root"):
             groups.members()
+
+
+@kinds
+def test_a_lookout_needs_no_privilege_once_it_is_opened_and_sees_one_port(stage: Stage, kind: int) -> None:
+    protocol = socket.IPPROTO_TCP if kind == TCP else socket.IPPROTO_UDP
+    sockets = opened(stage, kind, 2)
+    opened(stage, kind, 2, port=PORT + 1)
+    opened(stage, UDP if kind == TCP else TCP, 1)
+    with only(CAP_BPF), pytest.raises(PermissionError, match="reading reuseport groups needs CAP_BPF and CAP_PERFMON"):
+        Lookout(protocol, PORT)
+    with only(CAP_BPF, CAP_PERFMON):
+        lookout = Lookout(protocol, PORT)
+    with lookout, only():
+        assert lookout.look().keys() == {cookie_of(sock) for sock in sockets}
+        attach_classic(sockets[0])
+        assert {one.program for one in lookout.look().values()} == {CLASSIC}
+        sockets[0].setsockopt(socket.SOL_SOCKET, SO_DETACH_REUSEPORT_BPF, 0)
+        assert {one.program for one in lookout.look().values()} == {None}
+        with Lookout.of(os.dup(lookout.fileno())) as again:
+            lookout.close()
+            assert again.look().keys() == {cookie_of(sock) for sock in sockets}
+        with pytest.raises(ValueError, match="Link is closed"):
+            again.look()
+    with open(os.devnull) as other, pytest.raises(OSError, match="reading about a link"):  # noqa: PTH123 - a descriptor
+        Lookout.of(other.fileno())
 
 
 def test_a_closed_reader_reads_no_more(stage: Stage, reader: Groups) -> None:

@@ -17,7 +17,7 @@ from fastrecv._recv import MAX_BATCH
 from fastrecv.receiver import Statistics
 from fastrecv.workers.counters import FILLS, ROW, STATES, Counters
 from fastrecv.workers.handlers import HandlerError, called, load
-from fastrecv.workers.settings import MAX_WORKERS, Settings, identity, parsed
+from fastrecv.workers.settings import MAX_WORKERS, Settings, identity, is_tcp, parsed
 
 
 @pytest.mark.parametrize(
@@ -25,12 +25,16 @@ from fastrecv.workers.settings import MAX_WORKERS, Settings, identity, parsed
     [
         (
             {"bind": "192.0.2.1"},
-            "'192.0.2.1' is no address to bind to: give ADDRESS:PORT, like 0.0.0.0:2055, or [ADDRESS]",
+            "'192.0.2.1' is no address to bind to: give ADDRESS:PORT, like 0.0.0.0:2055, or [ADDRESS]:PORT, "
+            "with tcp: before",
         ),
         ({"bind": "localhost:53"}, "'localhost:53' is no address"),
         ({"bind": "::1:53"}, "'::1:53' is no address"),
         ({"bind": "[127.0.0.1]:53"}, "is no address"),
         ({"bind": "127.0.0.1:0"}, "is no address"),
+        ({"bind": "sctp:127.0.0.1:53"}, "'sctp:127.0.0.1:53' is no address"),
+        ({"bind": "tcp:udp:127.0.0.1:53"}, "is no address"),
+        ({"bind": "tcp:53"}, "is no address"),
         ({"bind": "127.0.0.1:65536"}, "is no address"),
         ({"policy": "sauce"}, "policy 'sauce': give source"),
         ({"workers": 0}, "workers: 0 is out of range: give 1 to 128"),
@@ -52,7 +56,8 @@ def test_settings_that_cannot_be(wrong: dict[str, Any], message: str) -> None:
 
 def test_addresses_to_bind_to() -> None:
     assert parsed("192.0.2.1:2055") == ("192.0.2.1", 2055)
-    assert parsed("[::]:53") == ("::", 53)
+    assert parsed("[::]:53") == parsed("udp:[::]:53") == parsed("tcp:[::]:53") == ("::", 53)
+    assert [is_tcp(bind) for bind in ("192.0.2.1:2055", "udp:192.0.2.1:2055", "tcp:[::]:53")] == [False, False, True]
 
 
 def test_whom_workers_become() -> None:
