@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Protocol, get_args
+from types import TracebackType
+from typing import Literal, Protocol, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +29,21 @@ _PATIENCE = 30.0  # seconds
 
 
 class Pattern(Protocol):
-    """A way to run a service. done : how often what has been done. changes : what phases were for, and the sizes."""
+    """A way to run a service, running; a context manager, which leaves nothing of it.
+
+    done : how often what has been done. changes : what phases were for, and how many workers there were before and
+    after. deaths : of workers, which may have had datagrams in their hands.
+    """
 
     title: str
     done: Counter[str]
     changes: list[tuple[str, int, int]]
+
+    @property
+    def deaths(self) -> int: ...
+
+    def begin(self, source: NumberedSource) -> None:
+        """Its datagrams come from now on."""
 
     @property
     def busy(self) -> bool:
@@ -49,6 +60,14 @@ class Pattern(Protocol):
 
     def recorded(self) -> tuple[NDArray[np.void], NDArray[np.int64]]:
         """Rows of NUMBERED, and by which slot."""
+
+    def totals(self, rows: NDArray[np.void]) -> tuple[int, int, int]:
+        """Datagrams handled, failed, and counted as in the hands of the dead; where nobody counts, by the rows."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 def schedule(

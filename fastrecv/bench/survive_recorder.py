@@ -1,7 +1,7 @@
 """The handler of services that are to survive: it writes down every batch, and hangs when it is told to.
 
-A file a process, named after it, in the folder that FOLDER names in the environment; rows of NUMBERED as they came. What
-has been written stays when the process is killed, but for half a row at the end.
+A file a process, named after it, in the folder that FOLDER names in the environment; rows of NUMBERED as they came.
+What has been written stays when the process is killed, but for half a row at the end.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`fastrecv run` as a process of its own in a private namespace: its log, its counters, and what its handler recorded."""
+"""`fastrecv run` as a process in a private namespace: its log, its counters, and what its handler recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pattern that is to survive: `fastrecv run`, killed, restarted, resized, hung and replaced, by what its log says."""
+"""The pattern that is to survive: `fastrecv run`, and what befalls it, followed by its log."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections import Counter, defaultdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,8 +71,11 @@ class Supervised:
             raise
         self._log = (folder / "log").open()
 
+    @property
+    def deaths(self) -> int:
+        return self.said["died"]
+
     def begin(self, source: NumberedSource) -> None:
-        """These are the datagrams that come from now on."""
         self._source = source
         self._settled = source.sent
 
@@ -180,7 +184,11 @@ class Supervised:
     def recorded(self) -> tuple[NDArray[np.void], NDArray[np.int64]]:
         return self.service.recorded()
 
-    def __enter__(self) -> Supervised:
+    def totals(self, rows: NDArray[np.void]) -> tuple[int, int, int]:  # noqa: ARG002 - its counters say
+        found = self.service.totals()
+        return found.handled, found.failed, found.killed
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
