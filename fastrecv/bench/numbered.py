@@ -33,7 +33,10 @@ MAX_SENDERS = 1 << 16
 _FIRST = int(IPv4Address("127.1.0.0"))
 _SOURCE_PORT = 4242
 _IP_PKTINFO = 8  # include/uapi/linux/in.h
-_WORDS = struct.Struct("=IIQ")  # phase, stop, datagrams sent; shared memory
+_WORDS = struct.Struct("=IIQQ")  # phase, stop, datagrams sent, how many may be sent; shared memory
+_SENT, _MAY_SEND = 8, 16  # where these are in it
+_UNLIMITED = (1 << 64) - 1
+_PAUSE = 0.0005  # seconds, while no more may be sent
 _READY = 10.0  # seconds
 
 
@@ -43,15 +46,21 @@ def sender(number: int, address: str, port: int) -> Sender:
 
 
 class NumberedSource(Closing):
-    """A process that sends to `address` in a namespace, where loopback is up; a context manager. Loopback only."""
+    """A process that sends to `address` in a namespace, where loopback is up; a context manager. Loopback only.
 
-    def __init__(self, namespace: Namespace, senders: int, address: str, port: int) -> None:
+    limit : how many datagrams it may send until `allow` says more; 1 at least, since it begins with the first.
+    """
+
+    def __init__(
+        self, namespace: Namespace, senders: int, address: str, port: int, limit: int = _UNLIMITED
+    ) -> None:  # fmt: skip
         if not ip_address(address).is_loopback or not 1 <= senders <= MAX_SENDERS:
             raise ValueError(f"{senders} senders to {address}: loopback, and 1 to {MAX_SENDERS}")
         fd = os.memfd_create("numbered")
         try:
             os.ftruncate(fd, mmap.PAGESIZE)
             self._memory = mmap.mmap(fd, mmap.PAGESIZE)
+            self.allow(limit)
             words = ["-m", "fastrecv.bench.numbered", *map(str, (fd, senders, address, port))]
             with namespace:
                 self._process = subprocess.Popen([sys.executable, *words], pass_fds=[fd])  # noqa: S603 - ourselves
@@ -69,6 +78,10 @@ class NumberedSource(Closing):
     def sent(self) -> int:
         return int(_WORDS.unpack_from(self._memory)[2])
 
+    def allow(self, limit: int) -> None:
+        """Let it send so many datagrams in all."""
+        struct.pack_into("=Q", self._memory, _MAY_SEND, limit)
+
     @property
     def phase(self) -> int:
         return self._phase
@@ -76,13 +89,14 @@ class NumberedSource(Closing):
     @contextlib.contextmanager
     def change(self) -> Iterator[None]:
         """What is sent within has an odd phase, and what follows the next even one."""
-        self._next_phase()
+        self.next_phase()
         try:
             yield
         finally:
-            self._next_phase()
+            self.next_phase()
 
-    def _next_phase(self) -> None:
+    def next_phase(self) -> None:
+        """Into an odd phase where a change begins, out of it where it has ended."""
         self._phase += 1
         struct.pack_into("=I", self._memory, 0, self._phase)
 
@@ -122,14 +136,18 @@ def _send(fd: int, senders: int, address: str, port: int) -> None:
         pack, message, to = struct.Struct("<III").pack_into, [payload], (address, port)
         while True:
             for number in range(senders):
-                phase, stop, _ = _WORDS.unpack_from(memory)
-                if stop:
-                    return
+                while True:
+                    phase, stop, _, limit = _WORDS.unpack_from(memory)
+                    if stop:
+                        return
+                    if sent < limit:
+                        break
+                    time.sleep(_PAUSE)
                 pack(payload, 0, number, numbers[number], phase)
                 sock.sendmsg(message, sources[number], 0, to)
                 numbers[number] += 1
                 sent += 1
-                struct.pack_into("=Q", memory, 8, sent)
+                struct.pack_into("=Q", memory, _SENT, sent)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from fastrecv.balance import Balancer
 from fastrecv.bench import environment
 from fastrecv.bench.lab import private_bpffs
 from fastrecv.bench.numbered import MAX_SENDERS, NUMBERED, NumberedSource, sender, udp_counters
+from fastrecv.bench.survive_account import Owners, misdirected, repeated
 from fastrecv.modulo import Modulo
 from fastrecv.netns import Namespace
 from fastrecv.policies import Policy
@@ -40,12 +41,10 @@ SIZES = (4, 5, 3)
 _ADDRESS, _PORT = "127.0.0.1", 2055
 _PATIENCE = 2.0  # seconds
 _GRACE = 0.1  # seconds; one of RCU takes some 10 ms
-_BACKLOG = 1000  # net.core.netdev_max_backlog, as the kernel has it
 _BUFFER = 64 << 20  # bytes: nothing is to be lost for want of room
 
 Method = Literal["buckets", "modulo"]
 METHODS: tuple[Method, ...] = ("buckets", "modulo")
-Owners = NDArray[np.int64]  # the slot of every sender
 
 
 class Step(NamedTuple):
@@ -217,34 +216,12 @@ def _account(
 ) -> Account:  # fmt: skip
     rows = np.concatenate([member.rows() for member in members])
     slots = np.concatenate([np.full(len(member.rows()), member.slot) for member in members])
-    identity = rows["sender"].astype(np.int64) << 32 | rows["number"]
     full, refused = counters["RcvbufErrors"] + counters["MemErrors"], counters["NoPorts"]
-    unique = len(np.unique(identity))
+    unique = len(rows) - repeated(rows)
     return Account(
-        method, senders, seconds, sent, len(rows), len(rows) - unique, _misdirected(rows, slots, phases), full, refused,
+        method, senders, seconds, sent, len(rows), len(rows) - unique, misdirected(rows, slots, phases), full, refused,
         sent - unique - full - refused, steps,
     )  # fmt: skip
-
-
-def _misdirected(rows: NDArray[np.void], slots: NDArray[np.int64], phases: list[Owners]) -> int:
-    """How many came to a slot that was not their sender's.
-
-    In an odd phase the owners before and after will do, and for the last datagrams of the even phase before it, too:
-    those that the kernel may have kept for later.
-    """
-    wrong = 0
-    for phase in range(2 * len(phases) - 1):
-        chosen = np.flatnonzero(rows["phase"] == phase)
-        had = rows["sender"][chosen]
-        right = slots[chosen] == phases[phase // 2][had]
-        if phase // 2 + 1 < len(phases) and len(chosen):
-            late = slots[chosen] == phases[phase // 2 + 1][had]
-            if phase % 2 == 0:  # senders take turns, so this is the order in which they were sent
-                order = rows["number"][chosen].astype(np.int64) << 32 | had
-                late &= order >= np.partition(order, -_BACKLOG)[-_BACKLOG] if len(order) > _BACKLOG else True
-            right |= late
-        wrong += int(np.count_nonzero(~right))
-    return wrong
 
 
 def described(account: Account) -> str:

@@ -194,8 +194,7 @@ class Fleet:
     def _roll(self) -> None:
         """The rolling restart: the first of those who are left, until its successor reads."""
         while self._rolling and (self._rolling[0].leaving or self._rolling[0] not in self.slots):
-            self._rolling.popleft()
-            self._rolled = None
+            self._rolled_one()
         if not self._rolling:
             return
         slot = self._rolling[0]
@@ -204,15 +203,19 @@ class Fleet:
                 slot.begin()
                 self._rolled = slot.successor
         elif slot.reader is self._rolled:
-            self._rolling.popleft()
-            self._rolled = None
-            if not self._rolling:
-                self._log.info("all workers are new")
+            self._rolled_one()
         elif self._rolled.state == "dead":
             why = self._rolled.failure or ending(self._rolled.status)
             self._fails(f"no more workers are restarted, the others stay: the new worker {slot.number}: {why}")
             self._rolling.clear()
             self._rolled = None
+
+    def _rolled_one(self) -> None:
+        """The first is new, or leaves."""
+        self._rolling.popleft()
+        self._rolled = None
+        if not self._rolling:
+            self._log.info("all workers are new")
 
     def _resize(self) -> None:
         """One worker more or less, where that is wanted, one change at a time."""

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fastrecv.bench import resize
 from fastrecv.bench.numbered import NumberedSource
+from fastrecv.bench.survive_account import misdirected
 from fastrecv.netns import Namespace
 from tests.kernel.supervising import ADDRESS, BATCH, PORT, finished, namespace, recording, until
 
@@ -70,12 +70,10 @@ def test_a_rolling_restart_loses_nothing(ns: Namespace, tmp_path: Path) -> None:
 
 def test_a_worker_more_and_one_less_move_the_fewest_senders_and_lose_nothing(ns: Namespace, tmp_path: Path) -> None:
     with recording(tmp_path, 3) as service, NumberedSource(ns, MANY, ADDRESS, PORT) as source:
-        slots = {pid: slot for slot, pid in enumerate(service.pids(3))}
         _twice_round(source)
         with source.change():
             service.send(signal.SIGTTIN)
             service.says("workers 0, 1, 2, 3 share the senders")
-        slots[service.pids(4)[3]] = 3
         _twice_round(source)
         with source.change():
             service.send(signal.SIGTTOU)
@@ -84,11 +82,9 @@ def test_a_worker_more_and_one_less_move_the_fewest_senders_and_lose_nothing(ns:
         found = finished(service, source, ns)
     assert found.dropped == found.destroyed == found.failed == found.killed == found.repeated == 0
     assert found.sent == found.taken == found.handled == found.recorded > 5 * MANY
-    rows = service.by_process()
-    taken = np.concatenate(list(rows.values()))
-    by = np.concatenate([np.full(len(found), slots[pid]) for pid, found in rows.items()])
+    taken, by = service.recorded()
     owners = [_owners(taken, by, phase) for phase in (0, 2, 4)]
-    assert resize._misdirected(taken, by, owners) == 0
+    assert misdirected(taken, by, owners) == 0
     for before, after in pairwise(owners):
         assert np.count_nonzero(before != after) <= 1.15 * MANY / 4  # a quarter of the buckets moves
 

@@ -177,7 +177,7 @@ def test_what_was_handled_is_in_the_state_of_the_next_worker_when_workers_are_ki
             os.kill(service.pids(2)[kill % 2], signal.SIGKILL)
             service.begun(3 + kill)
         found = finished(service, source, ns)
-        recorded = np.bincount(service.recorded()["sender"], minlength=SENDERS)
+        recorded = np.bincount(service.recorded()[0]["sender"], minlength=SENDERS)
     counts = sum(np.load(path) for path in folder.glob("*.npy"))
     assert found.taken > 10_000
     assert found.destroyed == found.failed == 0

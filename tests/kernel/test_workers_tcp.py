@@ -21,8 +21,8 @@ from fastrecv.workers.settings import Settings
 from fastrecv.workers.steering import Steering
 from tests.kernel.privileges import only
 from tests.kernel.steering import TCP
-from tests.kernel.supervising import ADDRESS, PORT, Service, namespace, until
-from tests.kernel.test_workers_life import POWERLESS, lives
+from tests.kernel.supervising import ADDRESS, PORT, POWERLESS, Service, namespace, until
+from tests.kernel.test_workers_life import lives
 
 BIND = f"tcp:{ADDRESS}:{PORT}"
 SOURCES = 24

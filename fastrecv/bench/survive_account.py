@@ -1,0 +1,133 @@
+"""Where every datagram of a run is, to the one: handled, dropped and counted, or lost in a queue that was destroyed.
+
+The kernel counts a datagram as received when it is taken out of a queue (InDatagrams), and nothing counts those that a
+closed socket's queue had: they are what remains of those sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["LATE", "Account", "Owners", "Step", "account", "misdirected", "moved", "owners", "repeated", "steps"]
+
+Owners = NDArray[np.int64]
+"""The slot of every sender; -1 where it is not known. (senders,)"""
+
+LATE = 1000
+"""How many datagrams the kernel may keep for later (net.core.netdev_max_backlog, Documentation/admin-guide/sysctl)."""
+
+
+class Account(NamedTuple):
+    """Datagrams. taken : out of queues. full, refused, filtered : dropped, and counted as that. handled, failed : of
+    those taken. killed : counted as in the hands of workers that died. recorded : rows; repeated : those of them that
+    were there before.
+    """
+
+    sent: int
+    taken: int
+    full: int
+    refused: int
+    filtered: int
+    handled: int
+    failed: int
+    killed: int
+    recorded: int
+    repeated: int
+
+    @property
+    def dropped(self) -> int:
+        return self.full + self.refused + self.filtered
+
+    @property
+    def destroyed(self) -> int:
+        """In no counter, so lost with a queue."""
+        return self.sent - self.taken - self.dropped
+
+    @property
+    def in_hands(self) -> int:
+        """Taken and neither handled nor failed: in the hands of workers that died."""
+        return self.taken - self.handled - self.failed
+
+
+class Step(NamedTuple):
+    """One change. moved : senders whose slot changed by it; ideal : the fewest that could, in the mean."""
+
+    what: str
+    before: int
+    after: int
+    moved: int
+    ideal: float
+
+
+def account(
+    sent: int, counters: dict[str, int], rows: NDArray[np.void], handled: int, failed: int, killed: int
+) -> Account:
+    """Of what the kernel has counted in the namespace (/proc/net/snmp), and what was handled and recorded.
+
+    Drops for want of room and by a filter are in InErrors, the first also in RcvbufErrors or MemErrors (net/ipv4/udp.c,
+    __udp_queue_rcv_skb, udp_queue_rcv_one_skb).
+    """
+    full = counters["RcvbufErrors"] + counters["MemErrors"]
+    return Account(
+        sent, counters["InDatagrams"], full, counters["NoPorts"], counters["InErrors"] - full, handled, failed, killed,
+        len(rows), repeated(rows),
+    )  # fmt: skip
+
+
+def repeated(rows: NDArray[np.void]) -> int:
+    """How many rows say what another has said."""
+    identity = rows["sender"].astype(np.int64) << 32 | rows["number"]
+    identity.sort()
+    return int(np.count_nonzero(identity[1:] == identity[:-1]))
+
+
+def owners(rows: NDArray[np.void], slots: NDArray[np.int64], senders: int, phases: int) -> list[Owners]:
+    """Who had each sender in every even phase below `phases`: the slot that recorded most of its datagrams."""
+    width = int(slots.max(initial=0)) + 1
+    found = []
+    for phase in range(0, phases, 2):
+        chosen = rows["phase"] == phase
+        table = np.bincount(
+            rows["sender"][chosen].astype(np.int64) * width + slots[chosen], minlength=senders * width
+        ).reshape(senders, width)
+        found.append(np.where(table.any(1), table.argmax(1), -1))
+    return found
+
+
+def misdirected(rows: NDArray[np.void], slots: NDArray[np.int64], phases: Sequence[Owners]) -> int:
+    """How many were recorded by a slot that was not their sender's.
+
+    phases : the owners in every even phase. In an odd phase the owners before and after will do, and for the last
+    datagrams of the even phase before it, too: those that the kernel may have kept for later.
+    """
+    wrong = 0
+    for phase in range(2 * len(phases) - 1):
+        chosen = np.flatnonzero(rows["phase"] == phase)
+        had = rows["sender"][chosen]
+        right = slots[chosen] == phases[phase // 2][had]
+        if phase // 2 + 1 < len(phases) and len(chosen):
+            late = slots[chosen] == phases[phase // 2 + 1][had]
+            if phase % 2 == 0:  # senders take turns, so this is the order in which they were sent
+                order = rows["number"][chosen].astype(np.int64) << 32 | had
+                late &= order >= np.partition(order, -LATE)[-LATE] if len(order) > LATE else True
+            right |= late
+        wrong += int(np.count_nonzero(~right))
+    return wrong
+
+
+def moved(before: Owners, after: Owners) -> int:
+    """How many senders have another owner, of those whose owners are known."""
+    return int(np.count_nonzero((before != after) & (before >= 0) & (after >= 0)))
+
+
+def steps(changes: Sequence[tuple[str, int, int]], phases: Sequence[Owners]) -> list[Step]:
+    """What each change has moved. changes : what, and how many slots there were before and after."""
+    return [
+        Step(what, before, after, moved(*phases[number : number + 2]),
+             len(phases[0]) * abs(after - before) / max(after, before))
+        for number, (what, before, after) in enumerate(changes)
+    ]  # fmt: skip
