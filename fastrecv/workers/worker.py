@@ -63,7 +63,9 @@ def become(identity: Identity) -> None:
 
 
 def _work(task: Task, handler: Handler, orders: Orders) -> None:
-    errors = logs.Limited(logs.opened(task.settings.log_format, task.slot))
+    log = logs.opened(task.settings.log_format, task.slot)
+    logs.take_uncaught(log)
+    errors = logs.Limited(log)
     with socket.socket(fileno=task.socket) as sock, Counters(task.counters) as counters:
         Reading(task, handler, sock, counters, orders, errors).run()
 
