@@ -66,7 +66,7 @@ def run(config: str | None, check: bool, as_json: bool, **options: Any) -> int:
 
     Every option has the same name in a TOML file (receive-buffer = 8388608; [limits] is a table) and in the environment
     (FASTRECV_RECEIVE_BUFFER; FASTRECV_LIMITS="nofile=1024,core=0"). Options come before the environment, and that
-    before the file.
+    before the file, which is read once.
 
     TERM or INT: stop, queues are read to their end. QUIT: at once. HUP: restart the workers with new code, one after
     the other. TTIN, TTOU: one worker more or less. USR2: new code and configuration for the supervisor itself, in

@@ -8,9 +8,10 @@ import os
 import sys
 import time
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Literal
 
-__all__ = ["Limited", "LogFormat", "about", "opened"]
+__all__ = ["Limited", "LogFormat", "about", "opened", "take_uncaught"]
 
 LogFormat = Literal["text", "json"]
 _FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
@@ -54,6 +55,15 @@ def opened(form: LogFormat, slot: int | None = None) -> logging.Logger:
 def about(slot: int, log: logging.Logger) -> logging.LoggerAdapter[logging.Logger]:
     """The same log, for what is said of the worker of a slot."""
     return logging.LoggerAdapter(log, {"slot": slot})
+
+
+def take_uncaught(log: logging.Logger) -> None:
+    """Let the log say what ends this process, instead of the interpreter."""
+
+    def said(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        log.critical("ended by an exception", exc_info=(kind, error, trace))
+
+    sys.excepthook = said
 
 
 class Limited:

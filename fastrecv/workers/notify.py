@@ -64,19 +64,18 @@ class Manager:
         now = time.monotonic()
         if fleet.stopping:
             self.stopping()
-        elif self._reloading and not fleet.restarting:
-            self._reloading = False
+        elif fleet.begun and not fleet.restarting and (self._reloading or not self._ready):
+            self._ready, self._reloading, self._status_at = True, False, now
             self._say("READY=1")
-        elif fleet.begun and not (self._ready or fleet.restarting):
-            self._ready = True
-            self._say("READY=1")
+        self._flush()
+        if self._unsaid:  # what comes again need not wait
+            return
         if self._watchdog and now >= self._alive_at:
             self._alive_at = now + self._watchdog / 2
             self._say("WATCHDOG=1")
         if now >= self._status_at:
             self._status_at = now + _EVERY
             self._tell_status(fleet, counters, now)
-        self._flush()
 
     def _tell_status(self, fleet: Fleet, counters: Counters, now: float) -> None:
         rows = counters.read()

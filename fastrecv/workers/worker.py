@@ -78,6 +78,7 @@ def become(identity: Identity) -> None:
 
 def _work(task: Task, handler: Handler, orders: Orders) -> None:
     log = logs.opened(task.settings.log_format, task.slot)
+    logs.take_uncaught(log)
     with socket.socket(fileno=task.socket) as sock, Counters(task.counters) as counters:
         Reading(task, handler, sock, counters, orders, log).run()
 

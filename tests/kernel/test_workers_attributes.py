@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import stat
 import sys
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,14 @@ from fastrecv.netns import Namespace
 from tests.kernel.supervising import POWERLESS, Service, app, namespace, say, status
 from tests.kernel.test_workers_cli import refused
 from tests.kernel.test_workers_life import NOBODY
+
+STUBBORN = """
+class Stubborn:
+    def handle(self, batch):
+        raise ValueError("whatever it is")
+    def stop(self):
+        raise RuntimeError("even at the end")
+"""
 
 
 @pytest.fixture
@@ -84,15 +92,6 @@ def test_a_limit_may_be_above_the_hard_one_of_who_is_privileged(folder: Path) ->
         assert service.stop() == 0
 
 
-def test_what_no_privilege_is_needed_for_is_kept_by_nobody(folder: Path) -> None:
-    with Service(folder, "app:handle", "--nice", 7, "--limit", "nofile=77") as service:
-        service.begun(1)
-        assert int(status(service.process.pid)["CapEff"], 16) == 0
-        (pid,) = service.pids(1)
-        assert (niceness(pid), limits(pid, "Max open files")) == (7, ["77", "77"])
-        assert service.stop() == 0
-
-
 def test_a_user_with_ambient_capabilities_can_do_it_and_become_another(folder: Path) -> None:
     if not all(path.stat().st_mode & stat.S_IXOTH for path in Path(sys.executable).resolve().parents):
         pytest.skip("the interpreter is closed to other users here")
@@ -133,25 +132,30 @@ def test_a_file_that_is_not_readable(folder: Path) -> None:
 
 
 def test_logs_are_objects_where_that_is_asked_for(folder: Path) -> None:
-    (folder / "collector.toml").write_text('handler = "app:handle"\nlog-format = "json"\nbatch-size = 1\n')
+    (folder / "stubborn.py").write_text(STUBBORN)
+    (folder / "collector.toml").write_text('handler = "stubborn:Stubborn"\nlog-format = "json"\nnice = 7\n')
     with Service(folder, "--config", folder / "collector.toml") as service:
         service.says('"worker 0 .* reads"')
-        (pid,) = service.pids(1)
-        say("raise", "die")
+        (first,) = service.pids(1)
+        assert niceness(first) == 7
+        assert int(status(service.process.pid)["CapEff"], 16) == 0  # what takes no privilege keeps none
+        say("anything")
+        service.says("whatever it is")
+        os.kill(first, signal.SIGKILL)
         service.says('"worker 0 .* reads"', 2)
+        (second,) = service.pids(1)
         assert service.stop() == 0
         said = [json.loads(line) for line in service.log.splitlines()]
-        supervisor = service.process.pid
     for event in said:
-        assert datetime.fromisoformat(event["time"]).utcoffset() is not None
-        assert event["time"].endswith("Z")
-        assert len(event["time"]) == len("2026-01-01T00:00:00.000Z")
-    (raised,) = [event for event in said if event["name"] == "worker"]
-    assert (raised["slot"], raised["pid"], raised["level"]) == (0, pid, "error")
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", event["time"])
+    raised, ended = [event for event in said if event["name"] == "worker"]
+    assert (raised["slot"], raised["pid"], raised["level"]) == (0, first, "error")
     assert raised["message"] == "the handler has lost a batch of 1 datagrams"
     assert raised["exception"].startswith("Traceback (most recent call last):\n")
-    assert raised["exception"].endswith("ValueError: as it was told")
+    assert raised["exception"].endswith("ValueError: whatever it is")
+    assert (ended["slot"], ended["pid"], ended["level"]) == (0, second, "critical")
+    assert ended["exception"].endswith("RuntimeError: even at the end")
     (died,) = [event for event in said if "has died" in event["message"]]
-    assert (died["name"], died["slot"], died["pid"], died["level"]) == ("supervisor", 0, supervisor, "error")
+    assert (died["name"], died["slot"], died["pid"]) == ("supervisor", 0, service.process.pid)
     assert {"time", "level", "name", "pid", "message"} == said[-1].keys()
-    assert said[-1]["message"].startswith("stopped: 2 datagrams received")
+    assert said[-1]["message"].startswith("stopped: 1 datagrams received, 0 handled, 1 failed")

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from fastrecv.netns import Namespace
-from tests.kernel.commands import one_line
 from tests.kernel.supervising import ADDRESS, PORT, Service, app, namespace, say, status, until
 from tests.kernel.test_workers_life import NOBODY
 
@@ -145,19 +144,6 @@ def test_a_reload_that_fails_is_over_and_the_watchdog_of_another_is_left_alone(f
         assert service.stop(signal.SIGQUIT) == 0
         assert [state.split("=")[0] for state in manager.states] == ["READY", "RELOADING", "READY", "STOPPING"]
         assert not manager.words("WATCHDOG")
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("vsock:2:99,1,", "NOTIFY_SOCKET is 'vsock:2:99': neither a path nor @ and a name (sd_notify(3))"),
-        ("/run/nobody,soon,", "WATCHDOG_USEC is 'soon': no number of microseconds (sd_watchdog_enabled(3))"),
-    ],
-)
-def test_what_a_manager_cannot_mean(words: str, message: str, folder: Path) -> None:
-    with Service(folder, "app:handle", before=(sys.executable, "-c", START, words)) as service:
-        assert service.process.wait(20) == 1
-        assert one_line(service.log) == message
 
 
 def test_a_manager_that_has_gone_is_no_reason_to_fail(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Settings from file, environment and command line: who comes first, and a line for each thing that is wrong."""
+"""What the surroundings say to a service, file, environment and command line: who comes first, and what is wrong."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import pytest
 
 from fastrecv.cli.main import run
 from fastrecv.cli.run import run as command
+from fastrecv.errors import StateError
 from fastrecv.workers.attributes import LIMITS, limit, listed
 from fastrecv.workers.config import ConfigError, gathered
+from fastrecv.workers.notify import Manager
 from fastrecv.workers.settings import Identity, SettingError, Settings, Task, attributes
 
 FILE = """
@@ -169,6 +171,25 @@ def test_check_says_what_would_hold_and_runs_nothing(file: str, capsys: pytest.C
     assert run(["run", "--config", file, "--check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert ["receive-buffer", "1000000", file] in [line.split() for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"NOTIFY_SOCKET": "vsock:2:99"},
+            "NOTIFY_SOCKET is 'vsock:2:99': neither a path nor @ and a name (sd_notify(3))",
+        ),
+        (
+            {"WATCHDOG_USEC": "soon"},
+            "WATCHDOG_USEC is 'soon': no number of microseconds (sd_watchdog_enabled(3))",
+        ),
+        ({"WATCHDOG_USEC": "0"}, "WATCHDOG_USEC is '0': no number of microseconds"),
+    ],
+)
+def test_what_a_service_manager_cannot_mean(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(StateError, match=re.escape(message)):
+        Manager(environment)
 
 
 def test_cpus_and_limits_as_words() -> None:
