@@ -143,8 +143,8 @@ def run(plan: Plan, on_look: Callable[[float, Pattern], None]) -> Soak:
 
 
 def _due(plan: Plan) -> list[Due]:
-    """Rolling restarts early; and nobody hangs, since that might be the spared one."""
-    due = schedule([action for action in plan.actions if action != "hang"], plan.seconds, plan.seed)
+    """Rolling restarts early."""
+    due = schedule(plan.actions, plan.seconds, plan.seed)
     return sorted((at * _RESTARTS if action == "restart" else at, action) for at, action in due)
 
 
@@ -155,14 +155,14 @@ def _pins() -> set[Path]:
 def _left(watcher: _Watcher, pins: set[Path]) -> list[str]:
     """What is still there when all has ended."""
     ids = {kind: {number for of, number in watcher.objects if of == kind} for kind in ("prog", "link")}
-    found = {
+    found: dict[str, set[int] | set[str]] = {
         "processes {}": {pid for pid in watcher.pids if Path(f"/proc/{pid}").exists()},
         "BPF programs {}": {number for number in ids["prog"] if bpf.program_info(number) is not None},
         "BPF links {}": ids["link"] & set(bpf.link_ids()),
         "pins {}": set(map(str, _pins() - pins)),
         "the counters' memory, mapped by processes {}": _mapped(watcher.memory),
     }
-    return [words.format(sorted(left)) + " were left behind" for words, left in found.items() if left]
+    return [words.format(", ".join(map(str, left))) + " were left behind" for words, left in found.items() if left]
 
 
 def _mapped(inode: int | None) -> set[int]:

@@ -121,7 +121,8 @@ def misdirected(rows: NDArray[np.void], slots: NDArray[np.int64], phases: Sequen
 
 
 def _is(owner: Owners, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
-    return (owner == slots) | (owner < 0)
+    right: NDArray[np.bool_] = (owner == slots) | (owner < 0)
+    return right
 
 
 def moved(before: Owners, after: Owners) -> int:

@@ -46,7 +46,7 @@ def table(result: Result) -> str:
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Of the order within rounds.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
-def command(context: click.Context, as_json: bool, **chosen: Any) -> None:
+def command(context: click.Context, /, as_json: bool, **chosen: Any) -> None:
     """Measure what supervision costs: a worker against a bare Receiver loop, and two workers against one.
 
     All drain sockets that were filled while they were stopped, so no sender takes a share of the CPUs. Exit code 1
