@@ -16,7 +16,17 @@ from click.core import ParameterSource
 from pyroute2.netlink.exceptions import NetlinkError
 
 from fastrecv.bench import compare as comparing
-from fastrecv.bench import measuring, receive_cli, receive_results, resize, results, steer_cli, survive_cli
+from fastrecv.bench import (
+    measuring,
+    receive_cli,
+    receive_results,
+    resize,
+    results,
+    soak_cli,
+    steer_cli,
+    survive_cli,
+    workers_cli,
+)
 from fastrecv.bench.arguments import writable_file
 from fastrecv.bench.floods import FLOODS
 from fastrecv.bench.lab import BenchBusyError
@@ -195,6 +205,8 @@ bench.add_command(receive_cli.command)
 bench.add_command(resize.command)
 bench.add_command(steer_cli.command)
 bench.add_command(survive_cli.command)
+bench.add_command(soak_cli.command)
+bench.add_command(workers_cli.command)
 
 
 def _terminate(number: int, _frame: FrameType | None) -> NoReturn:

@@ -101,22 +101,28 @@ def owners(rows: NDArray[np.void], slots: NDArray[np.int64], senders: int, phase
 def misdirected(rows: NDArray[np.void], slots: NDArray[np.int64], phases: Sequence[Owners]) -> int:
     """How many were recorded by a slot that was not their sender's.
 
-    phases : the owners in every even phase. In an odd phase the owners before and after will do, and for the last
-    datagrams of the even phase before it, too: those that the kernel may have kept for later.
+    phases : the owners in every even phase; where one is not known nobody is wrong. In an odd phase the owners before
+    and after will do, and for the last datagrams of the even phase before it, too: those that the kernel may have kept
+    for later.
     """
     wrong = 0
     for phase in range(2 * len(phases) - 1):
         chosen = np.flatnonzero(rows["phase"] == phase)
         had = rows["sender"][chosen]
-        right = slots[chosen] == phases[phase // 2][had]
+        right = _is(phases[phase // 2][had], slots[chosen])
         if phase // 2 + 1 < len(phases) and len(chosen):
-            late = slots[chosen] == phases[phase // 2 + 1][had]
+            late = _is(phases[phase // 2 + 1][had], slots[chosen])
             if phase % 2 == 0:  # senders take turns, so this is the order in which they were sent
                 order = rows["number"][chosen].astype(np.int64) << 32 | had
                 late &= order >= np.partition(order, -LATE)[-LATE] if len(order) > LATE else True
             right |= late
         wrong += int(np.count_nonzero(~right))
     return wrong
+
+
+def _is(owner: Owners, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+    right: NDArray[np.bool_] = (owner == slots) | (owner < 0)
+    return right
 
 
 def moved(before: Owners, after: Owners) -> int:

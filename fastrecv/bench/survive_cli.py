@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import click
 
@@ -13,10 +14,10 @@ from fastrecv.bench.numbered import MAX_SENDERS
 from fastrecv.bench.survive import Plan, Run
 from fastrecv.bench.survive_churn import ACTIONS, Action, Pattern
 
-__all__ = ["command", "progress"]
+__all__ = ["MAX_WORKERS", "actions", "command", "progress"]
 
 _EVERY = 5.0  # seconds
-_MAX_WORKERS = 32
+MAX_WORKERS = 32
 
 
 def _actions(_context: click.Context, _parameter: click.Parameter, value: str) -> list[Action]:
@@ -25,6 +26,12 @@ def _actions(_context: click.Context, _parameter: click.Parameter, value: str) -
     if len(chosen) < len(names):
         raise click.BadParameter(f"choose from {', '.join(ACTIONS)}, each once")
     return chosen
+
+
+def actions(default: Sequence[Action]) -> Callable[..., Any]:
+    """The option by which they are chosen."""
+    return click.option("--actions", "chosen", callback=_actions, default=",".join(default), show_default=True,
+                        metavar="NAME,...", help=f"What happens: {', '.join(ACTIONS)}.")  # fmt: skip
 
 
 def progress() -> Callable[[float, Pattern], None]:
@@ -44,17 +51,16 @@ def progress() -> Callable[[float, Pattern], None]:
 @click.command("survive")
 @click.option("--seconds", type=click.FloatRange(2, 86400), default=60.0, show_default=True,
               help="That all is spread over, of each pattern.")  # fmt: skip
-@click.option("--workers", type=click.IntRange(2, _MAX_WORKERS), default=4, show_default=True)
+@click.option("--workers", type=click.IntRange(2, MAX_WORKERS), default=4, show_default=True)
 @click.option("--senders", type=click.IntRange(100, MAX_SENDERS), default=10_000, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Of what happens when, to whom.")
-@click.option("--actions", callback=_actions, default=",".join(survive.DEFAULT), show_default=True, metavar="NAME,...",
-              help=f"What happens: {', '.join(ACTIONS)}.")  # fmt: skip
+@actions(survive.DEFAULT)
 @click.option("--compare", is_flag=True, help="Beside it, under the same kills and restarts: processes with sockets of "
               "their own, and one asyncio process.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def command(
-    context: click.Context, seconds: float, workers: int, senders: int, seed: int, actions: list[Action],
+    context: click.Context, seconds: float, workers: int, senders: int, seed: int, chosen: list[Action],
     compare: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Kill, restart, resize and hang the workers of `fastrecv run` under a flood, and account for every datagram.
@@ -66,7 +72,7 @@ def command(
     """
     for name in ("network namespaces", "the balancer's program"):
         features.check(name)
-    plan = Plan(workers, senders, seconds, seed, actions)
+    plan = Plan(workers, senders, seconds, seed, chosen)
     runs: list[Run] = []
 
     def keep(run: Run) -> None:
