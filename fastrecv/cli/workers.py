@@ -130,7 +130,7 @@ def restart(given: Path | None) -> None:
     def left(service: Service) -> str | None:
         return f"{service.restarting} of {counted(len(service.workers))} to restart" if service.restarting else None
 
-    service = _followed(path, Restart(), left)
+    _followed(path, Restart(), left)
     click.echo("all workers are new")
 
 
