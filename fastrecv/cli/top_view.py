@@ -24,9 +24,7 @@ _COLUMNS = {  # with their widths, so that nothing jumps
 
 def screen(service: Service | None, history: History, notice: str | None, width: int, height: int) -> RenderableType:
     """One picture. notice : why the service is not as it was a moment ago, or not at all."""
-    foot = Text("q ends", style="dim")
-    if notice is not None:
-        foot = Text.assemble((notice, "bold red"), "  ", foot)
+    foot = Text.assemble(("q ends  ", "dim"), (notice or "", "bold red"), no_wrap=True, overflow="ellipsis")
     if service is None:
         return foot
     room = max(1, height - _ABOVE)

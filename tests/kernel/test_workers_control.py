@@ -228,6 +228,7 @@ def test_what_is_counted_is_what_was_sent(folder: Path) -> None:
         service.begun(2)
         for sender in range(20):
             say(*["12345"] * 5, source=f"127.2.0.{sender}")
+        settled(folder, 100)
         for done, payload in enumerate(("raise", "die"), 101):
             say(payload)
             found = settled(folder, done)
