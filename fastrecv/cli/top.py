@@ -64,7 +64,7 @@ def _follow(path: Path, interval: float, live: Live) -> None:
             service = ask(path, Status())
         except StateError as error:
             gone = gone or began
-            notice = f"{error}: waiting for it, {began - gone:.0f} s"
+            notice = f"waiting for the service, {began - gone:.0f} s: {error}"
         else:
             gone = None
             history.take(service)

@@ -24,9 +24,7 @@ _COLUMNS = {  # with their widths, so that nothing jumps
 
 def screen(service: Service | None, history: History, notice: str | None, width: int, height: int) -> RenderableType:
     """One picture. notice : why the service is not as it was a moment ago, or not at all."""
-    foot = Text("q ends", style="dim")
-    if notice is not None:
-        foot = Text.assemble((notice, "bold red"), "  ", foot)
+    foot = Text.assemble(("q ends  ", "dim"), (notice or "", "bold red"), no_wrap=True, overflow="ellipsis")
     if service is None:
         return foot
     room = max(1, height - _ABOVE)
@@ -87,7 +85,7 @@ def _who(worker: Worker) -> list[Text]:
 def _rates(rates: Rates | None) -> list[str]:
     if rates is None:
         return ["-"] * 5
-    fill = "-" if rates.fill is None else f"{rates.fill:.1f}"
+    fill = "-" if rates.fill is None else f"{rates.fill:.0f}" if rates.fill >= 1000 else f"{rates.fill:.1f}"
     each = "-" if rates.nanoseconds is None else short(rates.nanoseconds)
     return [short(rates.datagrams), short(rates.bits / 1e6), fill, each, f"{100 * rates.busy:.0f}%"]
 
@@ -107,13 +105,13 @@ def short(number: float) -> str:
     """A number in seven characters at most: 12, 1,234, 1.23M."""
     if number < 10 and number != int(number):
         return f"{number:.2f}" if number < 1 else f"{number:.1f}"
-    for unit in ("", "k", "M", "G", "T"):
-        if number < 99_999.5 and unit == "":
-            return f"{number:,.0f}"
-        if number < 999.5:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g}P"
+    if number < 99_999.5:
+        return f"{number:,.0f}"
+    units = iter("kMGTP")
+    unit = ""
+    while number >= 999.5:
+        number, unit = number / 1000, next(units)
+    return f"{number:.3g}{unit}"
 
 
 def sparkline(values: list[float], highest: float) -> str:

@@ -109,12 +109,14 @@ class Row:
 
     def received(self, statistics: Statistics, datagrams: int) -> None:
         """What a Receiver has received since the row was opened, just now a batch of so many datagrams."""
-        words, before = self._words, self._before
+        words = self._words
+        before_datagrams, before_bytes, before_batches, before_truncated = self._before
+        batches, received, size, truncated, _, _ = statistics  # faster than by their names
+        words[_DATAGRAMS] = before_datagrams + received
+        words[_BYTES] = before_bytes + size
+        words[_BATCHES] = before_batches + batches
+        words[_TRUNCATED] = before_truncated + truncated
         words[_FILL + datagrams.bit_length() - 1] += 1
-        words[_DATAGRAMS] = before[0] + statistics.datagrams
-        words[_BYTES] = before[1] + statistics.bytes
-        words[_BATCHES] = before[2] + statistics.batches
-        words[_TRUNCATED] = before[3] + statistics.truncated
 
     def handled(self, datagrams: int, nanoseconds: int) -> None:
         """The handler has returned."""
