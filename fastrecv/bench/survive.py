@@ -16,14 +16,13 @@ from fastrecv.bench import survive_account
 from fastrecv.bench.numbered import NumberedSource, udp_counters
 from fastrecv.bench.survive_account import Account, Step
 from fastrecv.bench.survive_baselines import Kind, Usual
-from fastrecv.bench.survive_churn import Action, Due, Pace, Pattern, calm, drive, schedule
+from fastrecv.bench.survive_churn import ACTIONS, Action, Due, Pace, Pattern, calm, drive, schedule
 from fastrecv.bench.survive_service import ADDRESS, PORT, namespace
 from fastrecv.bench.survive_supervised import BATCH, BUFFER, Supervised
 from fastrecv.netns import Namespace
 
-__all__ = ["COMPARED", "DEFAULT", "WINDOW", "Plan", "Run", "faults", "supervised", "usual"]
+__all__ = ["COMPARED", "WINDOW", "Plan", "Run", "faults", "supervised", "usual"]
 
-DEFAULT: tuple[Action, ...] = ("kill", "restart", "resize", "hang")
 WINDOW = 2 * BUFFER // 1280
 """Datagrams that one queue has room for: SO_RCVBUF is doubled (socket(7)), a small datagram is charged 1,280 bytes."""
 COMPARED: tuple[Action, ...] = ("kill", "restart")
@@ -38,7 +37,7 @@ class Plan(NamedTuple):
     senders: int
     seconds: float
     seed: int
-    actions: Sequence[Action] = DEFAULT
+    actions: Sequence[Action] = ACTIONS
 
     def due(self) -> list[Due]:
         return schedule(self.actions, self.seconds, self.seed)

@@ -54,7 +54,7 @@ def progress() -> Callable[[float, Pattern], None]:
 @click.option("--workers", type=click.IntRange(2, MAX_WORKERS), default=4, show_default=True)
 @click.option("--senders", type=click.IntRange(100, MAX_SENDERS), default=10_000, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Of what happens when, to whom.")
-@actions(survive.DEFAULT)
+@actions(ACTIONS)
 @click.option("--compare", is_flag=True, help="Beside it, under the same kills and restarts: processes with sockets of "
               "their own, and one asyncio process.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
