@@ -19,6 +19,7 @@ import pytest
 from fastrecv.cli.main import run
 from fastrecv.errors import StateError
 from fastrecv.netns import Namespace
+from fastrecv.workers.counters import FILLS
 from fastrecv.workers.requests import Status, ask
 from fastrecv.workers.status import Service as Standing
 from tests.kernel.commands import one_line
@@ -81,39 +82,31 @@ def connected(folder: Path) -> socket.socket:
     return sock
 
 
-def test_only_its_owner_may_ask_from_the_first_moment_and_it_goes_with_the_service(folder: Path) -> None:
+def test_only_its_owner_may_ask_from_the_first_moment_and_another_s_file_stays(folder: Path) -> None:
     with Service(folder, "app:handle") as service:
         until(door(folder).exists, lambda: service.log)
         found = door(folder).stat()
         assert (stat.S_IMODE(found.st_mode), found.st_uid) == (0o600, os.geteuid())
         service.begun(1)
         assert standing(folder).pid == service.process.pid
-        assert service.stop() == 0
-        assert not door(folder).exists()
-
-
-def test_a_file_that_somebody_else_has_put_there_stays(folder: Path) -> None:
-    with Service(folder, "app:handle") as service:
-        service.begun(1)
         door(folder).unlink()
         door(folder).write_text("another's")
         assert service.stop() == 0
     assert door(folder).read_text() == "another's"
 
 
-def test_nobody_else_is_answered_even_where_the_file_lets_them(folder: Path) -> None:
-    for path in (folder, *list(folder.parents)[:2]):
-        path.chmod(0o777)
-    with Service(folder, "app:handle") as service:
-        service.begun(1)
-        words = [sys.executable, "-c", AS_NOBODY, str(door(folder))]
-        denied = subprocess.run(words, capture_output=True, text=True, check=False)
-        assert "PermissionError" in denied.stderr
-        door(folder).chmod(0o666)
-        assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "b''\n"
-        service.says(rf"process \d+ of uid {NOBODY} may not control this service")
-        assert standing(folder).state == "running"
-        assert service.stop() == 0
+def test_nobody_else_is_answered_even_where_the_file_lets_them(shared: Service) -> None:
+    path = door(shared.folder)
+    for above in (shared.folder, *list(shared.folder.parents)[:2]):
+        above.chmod(0o777)
+    words = [sys.executable, "-c", AS_NOBODY, str(path)]
+    denied = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert "PermissionError" in denied.stderr
+    path.chmod(0o666)
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "b''\n"
+    path.chmod(0o600)
+    shared.says(rf"process \d+ of uid {NOBODY} may not control this service")
+    assert standing(shared.folder).state == "running"
 
 
 @pytest.mark.parametrize(
@@ -129,8 +122,8 @@ def test_nobody_else_is_answered_even_where_the_file_lets_them(folder: Path) -> 
         (b'{"command": "status"' + b" " * 5000 + b"}", "truncated"),
     ],
 )
-def test_garbage(request_: bytes, message: str, shared: Path) -> None:
-    with connected(shared) as client:
+def test_garbage(request_: bytes, message: str, shared: Service) -> None:
+    with connected(shared.folder) as client:
         client.send(request_)
         answer = json.loads(client.recv(1 << 20))
         assert list(answer) == ["error"]
@@ -139,60 +132,43 @@ def test_garbage(request_: bytes, message: str, shared: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of a service that tests share, which change nothing."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service that tests share, which change nothing."""
     folder = tmp_path_factory.mktemp("shared")
     app(folder)
     with namespace():
         started = Service(folder, "app:handle")
     with started as service:
         service.begun(1)
-        yield folder
+        yield service
         assert service.stop() == 0
 
 
-def test_who_says_nothing_or_does_not_listen_keeps_nobody_waiting_for_ever(shared: Path) -> None:
-    silent = [connected(shared) for _ in range(16)]  # as many as are heard at once
-    with connected(shared) as deaf:
+def test_who_says_nothing_or_does_not_listen_keeps_nobody_waiting_for_ever(shared: Service) -> None:
+    silent = [connected(shared.folder) for _ in range(16)]  # as many as are heard at once
+    with connected(shared.folder) as deaf:
         deaf.send(b'{"command": "status"}')
-        gone = connected(shared)
+        gone = connected(shared.folder)
         gone.send(b'{"command": "status"}')
         gone.close()
-        assert standing(shared).state == "running"
+        assert standing(shared.folder).state == "running"
     for client in silent:
         with client:
             assert client.recv(1) == b""
-    assert standing(shared).state == "running"
+    assert standing(shared.folder).state == "running"
 
 
-def test_a_file_of_the_dead_is_replaced_and_one_of_the_living_is_not(folder: Path) -> None:
-    with Service(folder, "app:handle") as service:
-        service.begun(1)
-        service.process.kill()
-        service.process.wait()
-        assert door(folder).exists()
-    with Service(folder, "app:handle", "--control", door(folder)) as service:
-        service.begun(1)
-        (folder / "other").mkdir()
-        other = Service(folder / "other", "app:handle", "--control", door(folder), bind=f"{ADDRESS}:2056")
-        assert refused(other) == (
-            f"{door(folder)} is served already, by process {service.process.pid}: stop it, or give another path"
-        )
-        assert standing(folder).pid == service.process.pid
-        assert service.stop() == 0
-    door(folder).write_text("mine")
-    said = refused(Service(folder, "app:handle", "--control", door(folder)))
-    assert said == f"{door(folder)} is there and is no socket: remove it, or give another path"
-    assert door(folder).read_text() == "mine"
-    absent = folder / "absent" / "path"
-    said = refused(Service(folder, "app:handle", "--control", absent))
-    assert said == f"cannot make the control socket {absent}: No such file or directory"
+def test_where_a_service_answers_no_other_begins(shared: Service, folder: Path) -> None:
+    path = door(shared.folder)
+    said = refused(Service(folder, "app:handle", "--control", path))
+    assert said == f"{path} is served already, by process {shared.process.pid}: stop it, or give another path"
+    assert standing(shared.folder).pid == shared.process.pid
 
 
 def test_without_a_folder_there_is_none_and_that_is_said(folder: Path) -> None:
     with Service(folder, "app:handle", before=("unshare", "--mount", "sh", "-c", WITHOUT_RUN, "sh")) as service:
+        service.says("no control socket: there is no folder for one, give its path to have it")
         service.begun(1)
-        assert "no control socket: there is no folder for one, give its path to have it" in service.log
         assert service.stop() == 0
 
 
@@ -339,8 +315,8 @@ def test_stop_now_does_not_wait_for_a_hanging_worker(folder: Path, capsys: pytes
 def test_code_that_cannot_begin_fails_the_restart_and_the_growth(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Service(folder, "app:handle", "-w", 2) as service:
-        service.begun(2)
+    with Service(folder, "app:handle") as service:
+        service.begun(1)
         (folder / "app.py").write_text("import nonsense\n")
         code, out, err = said(capsys, "restart")
         assert (code, out) == (1, "")
@@ -349,56 +325,49 @@ def test_code_that_cannot_begin_fails_the_restart_and_the_growth(
         assert found.unready is None
         assert found.failure is not None
         assert (found.restarting, found.total.deaths) == (0, 1)
-        code, out, err = said(capsys, "scale", 3)
+        code, out, err = said(capsys, "scale", 2)
         assert (code, out) == (1, "")
-        assert one_line(err.splitlines()[-1]).startswith("worker 2 is given up: 'app:handle' cannot be imported")
-        assert standing(folder).unready == "worker 2 does not read: it is given up"
+        assert one_line(err.splitlines()[-1]).startswith("worker 1 is given up: 'app:handle' cannot be imported")
+        assert standing(folder).unready == "worker 1 does not read: it is given up"
         code, out, err = said(capsys, "status")
         assert code == 0
-        assert [line.split()[2] for line in out.splitlines()[2:4]] == ["reading", "reading"]
-        assert "given up" in out.splitlines()[4]
-        app(folder)
-        assert said(capsys, "restart")[0] == 0
-        assert standing(folder).unready is None
+        assert [line.split()[2] for line in out.splitlines()[2:]] == ["reading", "given"]
+        assert "worker 1 is given up: 'app:handle' cannot be imported" in err
+        assert said(capsys, "scale", 1)[:2] == (0, "1 worker\n")
         assert service.stop() == 0
 
 
-def test_status_as_json_is_the_whole_record(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Service(folder, "app:handle") as service:
-        service.begun(1)
-        say("one")
-        settled(folder, 1)
-        code, out, err = said(capsys, "--control", door(folder), "status", "--json")
-        found: dict[str, Any] = json.loads(out)
-        assert (code, err) == (0, "")
-        assert found.keys() == set(Standing.__struct_fields__)
-        assert found["workers"][0]["handled"] == found["total"]["handled"] == 1
-        assert found["workers"][0]["reading_seconds"] > 0
-        assert service.stop() == 0
+def test_status_as_json_is_the_whole_record(shared: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = said(capsys, "--control", door(shared.folder), "status", "--json")
+    found: dict[str, Any] = json.loads(out)
+    assert (code, err) == (0, "")
+    assert found.keys() == set(Standing.__struct_fields__)
+    assert found["pid"] == shared.process.pid
+    assert found["workers"][0]["pid"] == shared.pids(1)[0]
+    assert found["workers"][0]["reading_seconds"] > 0
+    assert len(found["workers"][0]["fill"]) == FILLS
 
 
-def test_which_service_is_meant(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_which_service_is_meant(shared: Service, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = said(capsys, "status")
     assert (code, out) == (1, "")
     assert one_line(err).startswith(f"no service runs that has its control socket in {folder}, /run/fastrecv: name it")
     code, out, err = said(capsys, "--control", folder / "absent", "stop")
     assert (code, one_line(err)) == (1, f"no service is at {folder / 'absent'}")
     (folder / "notes.sock").write_text("no socket")
+    (folder / "other.sock").symlink_to(door(shared.folder))
+    assert said(capsys, "status")[0] == 0
     with Service(folder, "app:handle") as service:
-        service.begun(1)
-        assert said(capsys, "status")[0] == 0
-        other = Service(folder, "app:handle", "--control", folder / "other.sock", bind=f"{ADDRESS}:2056")
-        with other:
-            other.begun(1)
-            code, _, err = said(capsys, "stop")
-            assert (code, one_line(err)) == (
-                1,
-                f"2 services run, name one with --control: {door(folder)} (udp {ADDRESS} port {PORT}), "
-                f"{folder / 'other.sock'} (udp {ADDRESS} port 2056)",
-            )
-            assert said(capsys, "--control", folder / "other.sock", "stop")[0] == 0
-            assert other.process.wait(20) == 0
-        assert service.stop() == 0
+        until(lambda: said(capsys, "status")[0] == 1, lambda: service.log)
+        code, _, err = said(capsys, "stop")
+        where = f"udp {ADDRESS} port {PORT}"
+        assert (code, one_line(err)) == (
+            1,
+            f"2 services run, name one with --control: {door(folder)} ({where}), {folder / 'other.sock'} ({where})",
+        )
+        assert said(capsys, "--control", door(folder), "stop")[0] == 0
+        assert service.process.wait(20) == 0
+    assert standing(shared.folder).state == "running"
 
 
 def test_who_answers_something_else_is_no_service(folder: Path) -> None:

@@ -62,7 +62,7 @@ def sums(text: str) -> dict[str, float]:
     return found
 
 
-def test_metrics_say_what_was_sent(folder: Path) -> None:
+def test_metrics_say_what_was_sent_and_a_restart_goes_on_meanwhile(folder: Path) -> None:
     with served(folder, "app:handle", "-w", 2, "--batch-size", 4) as service:
         service.begun(2)
         for sender in range(20):
@@ -79,7 +79,10 @@ def test_metrics_say_what_was_sent(folder: Path) -> None:
         assert found["fastrecv_worker_reading"] == found["fastrecv_service_workers_wanted"] == 2
         for pid in service.pids(2):
             assert f'pid="{pid}"' in text
-        assert got("/") == (404, "give /metrics, /healthz or /readyz\n")
+        service.send(signal.SIGHUP)
+        while "all workers are new" not in service.log:
+            assert got("/metrics")[0] == got("/readyz")[0] == 200  # nobody is without a reader
+        assert sums(got("/metrics")[1])["fastrecv_worker_restarts_total"] == 2
         assert service.stop() == 0
 
 
@@ -111,16 +114,6 @@ def test_a_port_that_is_taken_stops_it_before_workers_begin(folder: Path) -> Non
         assert refused(service) == f"cannot listen on {ADDRESS} port {METRICS}: Address already in use"
     assert service.notes() == []
     assert not (folder / f"{PORT}.sock").exists()
-
-
-def test_restarts_go_on_while_metrics_are_read(folder: Path) -> None:
-    with served(folder, "app:handle", "-w", 2) as service:
-        service.begun(2)
-        service.send(signal.SIGHUP)
-        while "all workers are new" not in service.log:
-            assert got("/metrics")[0] == got("/readyz")[0] == 200  # nobody is without a reader
-        assert sums(got("/metrics")[1])["fastrecv_worker_restarts_total"] == 2
-        assert service.stop() == 0
 
 
 class Terminal:

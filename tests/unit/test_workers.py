@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import os
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 
 from fastrecv._recv import MAX_BATCH
+from fastrecv.errors import StateError
 from fastrecv.receiver import Statistics
+from fastrecv.workers.control import listener
 from fastrecv.workers.counters import FILLS, ROW, STATES, Counters
 from fastrecv.workers.handlers import HandlerError, called, load
 from fastrecv.workers.settings import MAX_WORKERS, Settings, identity, is_tcp, parsed
@@ -125,6 +128,22 @@ def test_the_largest_batch_has_a_place_in_the_histogram() -> None:
         for datagrams in (1, 2, 3, 1023, MAX_BATCH):
             row.received(received(datagrams), datagrams)
         assert counters.read()["fill"][-1].tolist() == [1, 2, *[0] * (FILLS - 4), 1, 1]
+
+
+def test_a_control_socket_replaces_that_of_the_dead_only(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    listener(path).close()
+    with listener(path):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with pytest.raises(StateError, match=f"{path} is served already, by process {os.getpid()}: stop it, or give"):
+            listener(path)
+    path.unlink()
+    path.write_text("mine")
+    with pytest.raises(StateError, match=f"{path} is there and is no socket: remove it, or give another path"):
+        listener(path)
+    assert path.read_text() == "mine"
+    with pytest.raises(FileNotFoundError, match=f"cannot make the control socket {tmp_path}/absent/path: No such"):
+        listener(tmp_path / "absent" / "path")
 
 
 def test_counters_are_seen_by_other_processes_and_cannot_be_cut_off() -> None:
