@@ -131,7 +131,7 @@ class Fleet:
     @property
     def unread(self) -> list[int]:
         """Slots whose queues end with this process, and have not been read to their end."""
-        return [slot.number for slot in self.slots if slot.own and not slot.drained]
+        return [slot.number for slot in self.slots if slot.own and not slot.drained and slot.waits]
 
     # What happens
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from fastrecv.sockets import memory
 from fastrecv.workers import logs
 from fastrecv.workers.counters import Row
 from fastrecv.workers.process import Process, ending
@@ -98,6 +99,11 @@ class Slot:
     @property
     def processes(self) -> list[Process]:
         return [one for one in (self.reader, self.successor, *self._going) if one is not None]
+
+    @property
+    def waits(self) -> bool:
+        """Whether anything may wait in its socket."""
+        return self.sock.type != socket.SOCK_DGRAM or memory(self.sock).queued > 0
 
     @property
     def finished(self) -> bool:
