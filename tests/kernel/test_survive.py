@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -15,6 +18,7 @@ from fastrecv.bench.survive_churn import Due, Pattern
 from fastrecv.bench.survive_service import ADDRESS, PORT
 from fastrecv.bench.survive_supervised import BATCH
 from fastrecv.sockets import grow_receive_buffer, open_datagram
+from tests.kernel.supervising import Service, app, namespace
 
 QUIET: list[Due] = [(0.1, "kill"), (0.4, "kill")]
 
@@ -100,3 +104,28 @@ def test_a_worker_and_a_bare_loop_drain_what_they_are_given() -> None:
     assert all(ns > 0 for row in result.ns.values() for ns in row)
     assert [(ratio.row, ratio.reference) for ratio in result.ratios] == list(workers.PAIRS.items())
     assert all(ratio.low <= ratio.estimate <= ratio.high for ratio in result.ratios)
+
+
+def test_a_rolling_restart_whose_last_worker_leaves_instead_says_that_it_is_over(tmp_path: Path) -> None:
+    with namespace(), Service(tmp_path, f"{app(tmp_path)}:handle", "-w", 2) as service:
+        service.begun(2)
+        service.send(signal.SIGHUP)
+        service.send(signal.SIGTTOU)
+        service.says("worker 1 has left")
+        service.says("all workers are new")
+        assert service.stop() == 0
+
+
+@pytest.mark.proof
+def test_deaths_at_once_count_only_where_no_worker_has_lasted_meanwhile(tmp_path: Path) -> None:
+    with namespace(), Service(tmp_path, f"{app(tmp_path)}:handle") as service:
+        for begun in (1, 2, 3, 5, 6):
+            service.begun(begun)
+            if begun == 3:
+                time.sleep(1.1)
+                service.send(signal.SIGHUP)  # a fourth
+                service.begun(4)
+            os.kill(service.pids(1)[0], signal.SIGKILL)
+        service.begun(7)
+        assert "is given up" not in service.log
+        assert service.stop() == 0
