@@ -24,7 +24,7 @@ Due = tuple[float, Action]
 
 _TICK = 0.01  # seconds
 _FRAME = 0.05  # of the time, at its beginning and its end, that nothing befalls
-_STILL = 1.0  # seconds without a change of the counters
+_STILL = 0.5  # seconds without a change of the counters
 _PATIENCE = 30.0  # seconds
 
 

@@ -133,7 +133,7 @@ class Supervised:
         """One worker more or less; not before it is known who has which sender."""
         if self._wanted or self._source.sent < self._settled + _ROUNDS * self._senders:
             return False
-        low, high = max(1, self._first - _SPREAD), self._first + _SPREAD
+        low, high = max(1 + len(self._spared), self._first - _SPREAD), self._first + _SPREAD
         more = self.size < high and (self.size == low or bool(self._rng.integers(2)))
         self._wanted = self.size + (1 if more else -1)
         self._source.next_phase()

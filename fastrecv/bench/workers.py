@@ -83,14 +83,17 @@ class _Readers(NamedTuple):
     port: int
     handled: Callable[[], list[int]]
 
-    def stop(self) -> None:
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """While this is entered they do not run."""
         for pid in self.pids:
             os.kill(pid, signal.SIGSTOP)
-        until(lambda: all(_state(pid) == "T" for pid in self.pids), lambda: "readers do not stop")
-
-    def go_on(self) -> None:
-        for pid in self.pids:
-            os.kill(pid, signal.SIGCONT)
+        try:
+            until(lambda: all(_state(pid) == "T" for pid in self.pids), lambda: "readers do not stop")
+            yield
+        finally:
+            for pid in self.pids:
+                os.kill(pid, signal.SIGCONT)
 
 
 def _state(pid: int) -> str:
@@ -124,14 +127,12 @@ def _ratio(row: str, reference: str, change: Interval) -> Ratio:
 
 def _drain(readers: _Readers, senders: list[Receiver], datagrams: int) -> int:
     """Nanoseconds that it takes to handle so many."""
-    before = sum(readers.handled())
-    readers.stop()
-    sent = 0
-    for number, sender in enumerate(senders):
-        share = datagrams * (number + 1) // len(senders) - sent
-        sent += sender.send([_PAYLOAD] * share, (ADDRESS, readers.port))
-    began = time.perf_counter_ns()
-    readers.go_on()
+    before, sent = sum(readers.handled()), 0
+    with readers.stopped():
+        for number, sender in enumerate(senders):
+            share = datagrams * (number + 1) // len(senders) - sent
+            sent += sender.send([_PAYLOAD] * share, (ADDRESS, readers.port))
+        began = time.perf_counter_ns()
     deadline = time.monotonic() + _PATIENCE
     while (done := sum(readers.handled()) - before) < sent:
         if time.monotonic() > deadline:
@@ -209,6 +210,7 @@ def _supervised(folder: Path, workers: int) -> Iterator[_Readers]:
             memory = mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
         handled = np.frombuffer(memory, ROW, workers)["handled"]
         yield _Readers(service.pids(workers), port, lambda: handled.astype(int).tolist())
+        service.stop()
 
 
 def _chosen(stack: contextlib.ExitStack, two: _Readers) -> list[Receiver]:
