@@ -6,6 +6,7 @@ program of one's own:
     sys.exit(Supervisor(Settings(handler="mypkg.collector:handle", bind="0.0.0.0:2055", workers=4)).run())
 
 Whoever may run code in a worker may do to its socket what its owner may: connect it, or detach the group's program.
+The supervisor puts that right within a second or two (fastrecv/workers/guarding.py).
 """
 
 from fastrecv.workers.settings import Settings

@@ -127,8 +127,13 @@ class Steering:
         elif slots != set(range(len(slots))):
             return False
         elif isinstance(self._by, Filter):
-            self._by = Filter(self._by.policy, len(slots))
-            self._by.attach(member)
+            following = Filter(self._by.policy, len(slots))
+            try:
+                following.attach(member)
+            except SocketRefusedError as error:  # what its worker has done to it is not worth a service's life
+                self._log.error("senders stay where they are: %s", error)
+                return False
+            self._by = following
         return True
 
     def leave(self, slot: int, member: socket.socket) -> None:
@@ -156,9 +161,12 @@ class Steering:
         Who sends is not told; who connects is refused by a Balancer, when handshakes that have begun go on. Without one
         listeners go on: a filter on a TCP socket takes CAP_NET_ADMIN (seen on Linux 6.18, where UDP takes none).
         """
-        for member in members.values():
+        for slot, member in members.items():
             if member.type != socket.SOCK_STREAM:
-                drop_everything(member)
+                try:
+                    drop_everything(member)
+                except PermissionError:
+                    self._log.error("datagrams go on to come for worker %d: its filters are locked", slot)
             elif isinstance(self._by, Balancer):
                 self._by.weigh(dict.fromkeys(sorted(others), 1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -18,6 +19,7 @@ from fastrecv.policies import Policy
 from fastrecv.reuseport import attach, detach
 from fastrecv.steerable import cookie_of, listens
 from fastrecv.workers.guarding import Guard
+from fastrecv.workers.steering import Steering
 from tests.kernel.groups import attach as attach_classic
 from tests.kernel.privileges import only
 from tests.kernel.steering import PORT, TCP, UDP, Stage, kinds
@@ -190,6 +192,19 @@ def test_locked_filters_of_some_members_hinder_nobody(stage: Stage, caplog: pyte
             assert looked(ours, group, seen).put_back == 1 - lost
     said = "the group has no program in the place of its own, which cannot be put back: udp 198.51.100.1 port 7007 has"
     assert caplog.messages[1].startswith(said)
+
+
+def test_locked_filters_cost_no_supervisor_its_life(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    with only():
+        group = members(stage, UDP)
+        with contextlib.closing(Steering(Policy.parse("source"), list(group.values()), LOG, passed=False)) as steering:
+            group[0].setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+            assert not steering.share({0}, group[0])
+            assert steering.share({0}, group[1])
+            steering.end(group, set())
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert messages[0].startswith(f"senders stay where they are: udp {HOST} port {PORT} has its filters locked")
+    assert messages[1:] == ["datagrams go on to come for worker 0: its filters are locked"]
 
 
 def test_a_socket_that_has_left_is_told_each_time_and_logged_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import logging
 import os
 import signal
@@ -10,11 +11,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fastrecv.errors import StateError
 from fastrecv.policies import Policy
 from fastrecv.workers import opening
 from fastrecv.workers.settings import Settings
@@ -22,7 +25,7 @@ from fastrecv.workers.steering import Steering
 from tests.kernel.privileges import only
 from tests.kernel.steering import TCP
 from tests.kernel.supervising import ADDRESS, PORT, POWERLESS, Service, namespace, until
-from tests.kernel.test_workers_life import lives
+from tests.kernel.test_workers_life import ACTIVATE, lives
 
 BIND = f"tcp:{ADDRESS}:{PORT}"
 SOURCES = 24
@@ -37,8 +40,10 @@ class Echo:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
         server = await asyncio.start_server(self.answer, sock=sockets[0])
         await stop.wait()
+        asyncio.get_running_loop().remove_reader(sockets[0])
+        for _ in range(5):  # close() loses what was accepted and has no transport yet (Server._attach, CPython 3.11)
+            await asyncio.sleep(0)
         server.close()
-        await asyncio.sleep(0.1)  # until what it has accepted has a task
 
     async def stop(self):
         if self.busy:
@@ -53,17 +58,33 @@ class Echo:
         self.busy.discard(asyncio.current_task())
 """
 
+WEB = """
+import os, uvicorn
+
+async def app(scope, receive, send):
+    assert scope["type"] == "http"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"connection", b"close")]})
+    await send({"type": "http.response.body", "body": f"{os.getpid()} hello\\n".encode()})
+
+def serve(sockets):
+    uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning")).run(sockets)
+"""
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "echo.py").write_text(ECHO)
+    (tmp_path / "web.py").write_text(WEB)
     with namespace():
         yield tmp_path
 
 
 @contextlib.contextmanager
-def serving(folder: Path, workers: int, *options: object, before: tuple[str, ...] = ()) -> Iterator[Service]:
-    with Service(folder, "echo:Echo", "-w", workers, *options, bind=BIND, before=before) as service:
+def serving(
+    folder: Path, workers: int, handler: str = "echo:Echo", before: tuple[str, ...] = (), bind: str | None = BIND,
+    **popen: Any,
+) -> Iterator[Service]:  # fmt: skip
+    with Service(folder, handler, "-w", workers, bind=bind, before=before, **popen) as service:
         service.begun(workers)
         yield service
 
@@ -104,10 +125,24 @@ def asked(source: int = 1) -> int | None:
         return client.answer()
 
 
+def fetched(source: int) -> int | None:
+    """Who answers a request over HTTP; asked for once more where the connection is closed before the answer.
+
+    uvicorn closes what it has accepted and not read yet when it stops: a client may repeat a GET (RFC 9110, 9.2.2).
+    """
+    for _ in range(2):
+        web = http.client.HTTPConnection(ADDRESS, PORT, 15, (f"127.2.0.{source}", 0))
+        with contextlib.closing(web), contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            web.request("GET", "/")
+            return int(web.getresponse().read().split()[0])
+    return None
+
+
 class Crowd:
     """Sources that connect, ask and close, again and again. failed : connections that were refused or lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, ask: Callable[[int], int | None] = asked) -> None:
+        self._ask = ask
         self.answers: list[tuple[int, int]] = []
         self.failed: list[str] = []
         self._end = threading.Event()
@@ -117,7 +152,7 @@ class Crowd:
         while not self._end.is_set():
             for source in range(first, SOURCES + 1, 3):
                 try:
-                    pid = asked(source)
+                    pid = self._ask(source)
                 except OSError as error:
                     self.failed.append(str(error))
                     continue
@@ -156,6 +191,10 @@ class Crowd:
             thread.join()
 
 
+def everybody(owners: dict[int, set[int]]) -> set[int]:
+    return {pid for pids in owners.values() for pid in pids}
+
+
 @pytest.mark.parametrize("powerless", [False, True])
 def test_no_connection_fails_while_workers_are_restarted_come_and_leave(folder: Path, powerless: bool) -> None:
     before = (sys.executable, "-c", POWERLESS) if powerless else ()
@@ -163,23 +202,39 @@ def test_no_connection_fails_while_workers_are_restarted_come_and_leave(folder: 
         with Crowd() as crowd:
             first = set(service.pids(2))
             owners = crowd.goes_round()
-            assert set.union(*owners.values()) == first
+            assert everybody(owners) == first
             assert all(len(pids) == 1 for pids in owners.values())
             service.send(signal.SIGHUP)
             service.says("all workers are new")
             restarted = crowd.goes_round()
-            assert not set.union(*restarted.values()) & first
+            assert not everybody(restarted) & first
             assert all(len(pids) == 1 for pids in restarted.values())
             service.send(signal.SIGTTIN)
             service.says("workers 0, 1, 2 share the senders")
             three = crowd.goes_round()
-            assert set.union(*three.values()) == set(service.pids(3))
+            assert everybody(three) == set(service.pids(3))
             if not powerless:
                 moved = [source for source in three if three[source] != restarted[source]]
                 assert all(three[source] == {service.pids(3)[2]} for source in moved)
             service.send(signal.SIGTTOU)
             service.says("worker 2 has left")
             assert crowd.goes_round() == restarted
+        assert crowd.failed == []
+        assert service.stop() == 0
+
+
+def test_no_request_fails_while_a_web_server_is_restarted_and_resized(folder: Path) -> None:
+    pytest.importorskip("uvicorn")
+    with serving(folder, 2, "web:serve") as service:
+        with Crowd(fetched) as crowd:
+            before = crowd.goes_round()
+            service.send(signal.SIGHUP)
+            service.says("all workers are new")
+            after = crowd.goes_round()
+            assert everybody(before).isdisjoint(everybody(after))
+            service.send(signal.SIGTTOU)
+            service.says("worker 1 has left")
+            assert everybody(crowd.goes_round()) == set(service.pids(1))
         assert crowd.failed == []
         assert service.stop() == 0
 
@@ -239,6 +294,43 @@ def test_told_to_stop_what_waits_is_accepted_and_nothing_else(folder: Path) -> N
         for client in waiting:
             client.close()
         assert service.process.wait(15) == 0
+
+
+def test_what_comes_to_a_listener_of_systemd_waits_for_the_next_service(folder: Path) -> None:
+    with socket.socket() as passed:
+        passed.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        passed.bind((ADDRESS, PORT))
+        passed.listen()
+        activated = (sys.executable, "-c", ACTIVATE, str(passed.fileno()))
+        clients = [Client(source) for source in range(1, 11)]
+        for workers in (2, 1):
+            with serving(folder, workers, bind=None, before=activated, pass_fds=[passed.fileno()]) as service:
+                for client in clients:
+                    client.send()
+                    assert client.answer() == service.pids(1)[0]  # whose listener was there alone
+                    client.close()
+                assert {asked(source) for source in range(1, 21)} == set(service.pids(workers))
+                assert service.stop() == 0
+            clients = [Client(source) for source in range(1, 11)]
+        for client in clients:
+            client.close()
+
+
+def test_a_port_that_others_have(folder: Path) -> None:
+    settings = Settings(handler="a:b", bind=BIND)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind((ADDRESS, PORT))
+        other.listen()
+        with pytest.raises(StateError, match=f"others have tcp {ADDRESS} port {PORT} already: stop them"):
+            opening.members(settings, [])
+    with socket.socket() as alone:
+        alone.bind((ADDRESS, PORT))
+        alone.listen()
+        with pytest.raises(OSError, match=f"cannot bind to {ADDRESS} port {PORT}: it is in use by a program that"):
+            opening.members(settings, [])
+    with only(), pytest.raises(PermissionError, match=r"port 53: ports below .* take CAP_NET_BIND_SERVICE"):
+        opening.members(Settings(handler="a:b", bind=f"tcp:{ADDRESS}:53"), [])
 
 
 @pytest.mark.parametrize("family", ["ipv4", "ipv6"])
