@@ -60,8 +60,10 @@ class Steering:
     guard : looks after the group; None where the socket shares its port with nobody.
     """
 
-    def __init__(self, by: Balancer | Filter | None, guard: Guard | None, kept: socket.socket | None) -> None:
-        self._by, self.guard, self._kept = by, guard, kept
+    def __init__(
+        self, by: Balancer | Filter | None, guard: Guard | None, kept: socket.socket | None, log: logging.Logger
+    ) -> None:
+        self._by, self.guard, self._kept, self._log = by, guard, kept, log
 
     @classmethod
     def begin(cls, policy: Policy, members: Sequence[socket.socket], log: logging.Logger, *, passed: bool) -> Steering:
@@ -72,19 +74,19 @@ class Steering:
         """
         kept = members[0] if passed else None
         if not are_group(members):
-            return cls(None, None, kept)
+            return cls(None, None, kept, log)
         try:
             by = _best(policy, members, passed and reuseport.detach(members[0]))
         except BpfError as error:
             if error.errno != EPERM:
                 raise
             log.warning("policy %s takes CAP_BPF: the kernel's hash of both ends decides who gets a sender", policy)
-            return cls(None, Guard(None, log), kept)
+            return cls(None, Guard(None, log), kept, log)
         if isinstance(by, Filter):
             log.warning("without CAP_BPF: classic BPF by %s, so a worker more or less moves nearly all senders", policy)
         else:
             log.info("senders are balanced by %s", policy)
-        return cls(by, Guard(_lookout(members[0], log), log), kept)
+        return cls(by, Guard(_lookout(members[0], log), log), kept, log)
 
     @classmethod
     def resume(cls, record: Record, policy: Policy, first: socket.socket, log: logging.Logger) -> Steering:
@@ -96,7 +98,7 @@ class Steering:
         elif record.size is not None:
             by = Filter(policy, record.size)
         lookout = None if record.lookout is None else Lookout.of(record.lookout)
-        return cls(by, Guard(lookout, log) if record.guarded else None, first if record.kept else None)
+        return cls(by, Guard(lookout, log) if record.guarded else None, first if record.kept else None, log)
 
     def record(self) -> Record:
         by = self._by

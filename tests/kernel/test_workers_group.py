@@ -197,7 +197,9 @@ def test_locked_filters_of_some_members_hinder_nobody(stage: Stage, caplog: pyte
 def test_locked_filters_cost_no_supervisor_its_life(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
     with only():
         group = members(stage, UDP)
-        with contextlib.closing(Steering(Policy.parse("source"), list(group.values()), LOG, passed=False)) as steering:
+        with contextlib.closing(
+            Steering.begin(Policy.parse("source"), list(group.values()), LOG, passed=False)
+        ) as steering:
             group[0].setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
             assert not steering.share({0}, group[0])
             assert steering.share({0}, group[1])
