@@ -71,11 +71,11 @@ def key(datagram: memoryview) -> tuple[int, int]:
 
 
 class Exporter(msgspec.Struct):
-    """Who sends flows, by address (16 bytes), version and source: its templates, and the counts since `cleared`.
+    """Who sends flows, by address (16 bytes), version and source: its templates, and what is counted since `clear`.
 
-    lost : by gaps in sequence numbers: flows of v5, records of IPFIX, datagrams of v9; disorder counts as
-    loss. unknown : data sets without a template. malformed : datagrams that were not understood to their end. heard :
-    seconds since the epoch. sequence, due : of the last datagram, and of the next; None where it cannot be told.
+    lost : by gaps in sequence numbers: flows of v5, records of IPFIX, datagrams of v9; disorder counts as loss.
+    unknown : data sets without a template. malformed : datagrams that were not understood to their end. heard : seconds
+    since the epoch. sequence, due : of the last datagram, and of the next; None where it cannot be told.
     """
 
     address: bytes
