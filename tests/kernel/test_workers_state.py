@@ -16,7 +16,8 @@ import pytest
 
 from fastrecv.bench.numbered import NumberedSource
 from fastrecv.netns import Namespace
-from tests.kernel.supervising import ADDRESS, BATCH, PORT, Service, finished, namespace, say
+from fastrecv.workers.snapshots import NAME
+from tests.kernel.supervising import ADDRESS, BATCH, PORT, Service, finished, namespace, say, until
 
 SENDERS = 200
 LARGE = 6 << 20  # bytes: a few milliseconds of writing
@@ -166,6 +167,11 @@ def counting(folder: Path, handler: str, workers: int) -> Service:
     return Service(folder, f"stateful:{handler}", *options)
 
 
+def held(service: Service) -> int:
+    """Of how many slots the supervisor keeps the state."""
+    return sum(NAME in fd.readlink().name for fd in Path(f"/proc/{service.process.pid}/fd").iterdir())
+
+
 def test_what_was_handled_is_in_the_state_of_the_next_worker_when_workers_are_killed_under_a_flood(
     ns: Namespace, folder: Path
 ) -> None:
@@ -239,11 +245,12 @@ def test_a_slot_that_leaves_takes_its_state_along(folder: Path) -> None:
         service.says("workers 0, 1 share the senders")
         for sender in range(1, 30):
             say("word", source=f"127.2.0.{sender}")
-        while int(service.rows()["handled"].sum()) < 29:
-            time.sleep(0.01)
+        until(lambda: service.rows()["handled"].sum() == 29, lambda: service.log)
         assert service.rows()["snapshot"][:2].all()
+        assert held(service) == 2
         service.send(signal.SIGTTOU)
         service.says("worker 1 has left")
+        assert held(service) == 1
         service.send(signal.SIGTTIN)
         service.says("workers 0, 1 share the senders", 2)
         assert service.rows()["snapshot"][0] != 0
