@@ -24,7 +24,7 @@ LARGE = 6 << 20  # bytes: a few milliseconds of writing
 KILLS = 80
 
 HANDLERS = """
-import asyncio, hashlib, os
+import asyncio, hashlib, os, time
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +92,7 @@ class Async(Words):
 
 class Stopping(Words):
     def stop(self):
+        time.sleep(0.3)
         self.words.append("stopped")
         self.changed = True
 
