@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from fastrecv.bench import survive_account
 from fastrecv.bench.numbered import NumberedSource, udp_counters
 from fastrecv.bench.survive_account import Account, Step
@@ -47,7 +49,8 @@ class Run(NamedTuple):
     """What came of it.
 
     waited : the share of the time that the source waited for queues. done : what was done, how often. deaths : of
-    workers, which may have had datagrams in their hands. misdirected : datagrams. faults : what is wrong.
+    workers, which may have had datagrams in their hands. misdirected : datagrams. unknown : how often nobody was seen
+    to have a sender between two changes. faults : what is wrong.
     """
 
     title: str
@@ -57,6 +60,7 @@ class Run(NamedTuple):
     deaths: int
     account: Account
     misdirected: int
+    unknown: int
     steps: list[Step]
     faults: list[str]
 
@@ -116,7 +120,8 @@ def _measure(
     return Run(
         pattern.title, seconds, pace.waited, dict(pattern.done), pattern.deaths,
         survive_account.account(sent, udp_counters(space), rows, *pattern.totals(rows)),
-        survive_account.misdirected(rows, slots, phases), survive_account.steps(pattern.changes, phases), [],
+        survive_account.misdirected(rows, slots, phases), sum(int(np.count_nonzero(phase < 0)) for phase in phases),
+        survive_account.steps(pattern.changes, phases), [],
     )  # fmt: skip
 
 
@@ -128,6 +133,7 @@ def faults(run: Run) -> list[str]:
         f"{account.dropped:,} datagrams were dropped, though every queue had room": account.dropped,
         f"{account.repeated:,} datagrams were recorded twice": account.repeated,
         f"{run.misdirected:,} datagrams came to a worker that did not have their sender": run.misdirected,
+        f"{run.unknown:,} times nobody was seen to have a sender between two changes": run.unknown,
         f"{account.failed:,} datagrams failed": account.failed,
         f"{account.in_hands:,} datagrams in the hands of {deaths} dead workers, whose batches are {BATCH}":
             not 0 <= account.killed <= account.in_hands <= BATCH * deaths,

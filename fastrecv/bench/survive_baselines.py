@@ -76,10 +76,11 @@ class Usual:
 
     @property
     def busy(self) -> bool:
-        return self._change is not None
+        """Also until every sender has sent often enough since the last change."""
+        return self._change is not None or self._source.sent < self._settled + _ROUNDS * self._senders
 
     def act(self, action: Action) -> bool:
-        if self.busy or self._source.sent < self._settled + _ROUNDS * self._senders:
+        if self.busy:
             return False
         self._source.next_phase()
         self._change = action

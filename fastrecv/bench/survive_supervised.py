@@ -77,11 +77,16 @@ class Supervised:
 
     def begin(self, source: NumberedSource) -> None:
         self._source = source
-        self._settled = source.sent
+        self._settled, self._since = source.sent, time.monotonic()
 
     @property
     def busy(self) -> bool:
-        return bool(self._wanted or self._restarting or self._handing_over or self._hang.exists())
+        return bool(self._wanted or self._restarting or self._handing_over or self._hang.exists() or not self._known)
+
+    @property
+    def _known(self) -> bool:
+        """Whether every sender has sent often enough since the last change."""
+        return self._source.sent >= self._settled + _ROUNDS * self._senders
 
     @property
     def _restarting(self) -> bool:
@@ -131,7 +136,7 @@ class Supervised:
 
     def _resize(self) -> bool:
         """One worker more or less; not before it is known who has which sender."""
-        if self._wanted or self._source.sent < self._settled + _ROUNDS * self._senders:
+        if self._wanted or not self._known:
             return False
         low, high = max(1 + len(self._spared), self._first - _SPREAD), self._first + _SPREAD
         more = self.size < high and (self.size == low or bool(self._rng.integers(2)))

@@ -57,7 +57,7 @@ class Story:
         run = Run(
             "a story", 1.0, 0.0, {}, self.deaths,
             survive_account.account(self.sent, counters, self.rows, handled, 0, self.killed),
-            survive_account.misdirected(self.rows, self.slots, phases),
+            survive_account.misdirected(self.rows, self.slots, phases), sum(int((phase < 0).sum()) for phase in phases),
             survive_account.steps([("resize", 3, 4)], phases), [],
         )  # fmt: skip
         return survive.faults(run)
@@ -139,6 +139,10 @@ def test_a_sender_without_a_datagram_in_a_phase_is_nobodys() -> None:
     phases = survive_account.owners(story.rows, story.slots, SENDERS, 3)
     assert (phases[0][5], phases[1][5]) == (1, -1)
     assert survive_account.moved(*phases) == SENDERS // QUARTER
+    told = Story()
+    told.keep((told.rows["sender"] != 5) | (told.rows["phase"] != 2))
+    told.deaths = 1
+    assert told.told() == ["1 times nobody was seen to have a sender between two changes"]
 
 
 def test_a_schedule_is_the_seeds_and_has_each_action_as_often_as_it_says() -> None:
