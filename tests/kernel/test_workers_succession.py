@@ -130,6 +130,25 @@ def test_code_that_hangs_in_its_check_does_not_outlive_the_service(folder: Path)
         assert not Path("/proc", said.read_text()).exists()
 
 
+def test_configuration_is_read_again_as_far_as_it_can_change(folder: Path) -> None:
+    config = folder / "collector.toml"
+    config.write_text("workers = 1\n")
+    with Service(folder, "app:handle", "--config", config) as service:
+        service.begun(1)
+        config.write_text('workers = 1\npolicy = "flow"\n')
+        service.send(signal.SIGUSR2)
+        service.says("stays as it is")
+        assert "fastrecv: policy was source when the service began: to make it flow, stop it and start" in service.log
+        config.write_text("workers = 2\nworker = 3\n")
+        service.send(signal.SIGUSR2)
+        service.says("stays as it is", 2)
+        assert "unknown key 'worker'" in service.log
+        config.write_text("workers = 2\n")
+        service.send(signal.SIGUSR2)
+        service.says("workers 0, 1 share the senders")
+        assert service.stop() == 0
+
+
 def test_without_privileges_senders_keep_their_workers(folder: Path) -> None:
     """Classic BPF goes by the same seed as before."""
     names = [f"127.0.1.{number}" for number in range(1, 17)]
