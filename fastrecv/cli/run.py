@@ -60,13 +60,13 @@ def _by_default(name: str, text: str) -> str:
 def run(config: str | None, check: bool, as_json: bool, **options: Any) -> int:
     """Serve datagrams, or connections, by worker processes whose sockets outlive them.
 
-    The handler is a function handle(batch), plain or async; a class with handle(batch) and perhaps start() and stop();
-    or serve(sockets), with a loop of its own, for connections. It is imported by the workers only, without
-    capabilities.
+    The handler is a function handle(batch), plain or async; a class with handle(batch) and perhaps start(), stop(), and
+    snapshot() with restore(data), by which its state outlives a worker; or serve(sockets), with a loop of its own, for
+    connections. It is imported by the workers only, without capabilities.
 
     Every option has the same name in a TOML file (receive-buffer = 8388608; [limits] is a table) and in the environment
     (FASTRECV_RECEIVE_BUFFER; FASTRECV_LIMITS="nofile=1024,core=0"). Options come before the environment, and that
-    before the file, which is read once.
+    before the file, which USR2 reads again.
 
     TERM or INT: stop, queues are read to their end. QUIT: at once. HUP: restart the workers with new code, one after
     the other. TTIN, TTOU: one worker more or less. USR2: new code and configuration for the supervisor itself, in
