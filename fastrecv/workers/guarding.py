@@ -13,6 +13,8 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from fastrecv.balance import Balancer
 from fastrecv.classic import Filter
 from fastrecv.closing import Closing
@@ -21,10 +23,17 @@ from fastrecv.groups import CLASSIC, Lookout, Member
 from fastrecv.steerable import cookie_of, has_peer, listens
 from fastrecv.workers import opening
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "Repairs"]
 
 _EVERY = 1.0  # seconds between two looks
 _QUIET = 10.0  # seconds until a line is said again
+
+
+class Repairs(msgspec.Struct):
+    """put_back : how often the group's program was put back. renewed : how many sockets had left the group."""
+
+    put_back: int = 0
+    renewed: int = 0
 
 
 class Guard(Closing):
@@ -34,12 +43,13 @@ class Guard(Closing):
     more, where no Balancer misses it: only what the sockets themselves tell. With one, two classic programs cannot be
     told apart: another in the place of a Filter's stays.
 
-    put_back : how many times the group's program has been put back. left : how many sockets have left the group.
+    repairs : what it has put right.
     """
 
-    def __init__(self, lookout: Lookout | None, log: logging.Logger) -> None:
+    def __init__(self, lookout: Lookout | None, log: logging.Logger, repairs: Repairs | None = None) -> None:
+        """The repairs: those counted before."""
         self.lookout, self._log = lookout, log
-        self.put_back = self.left = 0
+        self.repairs = repairs or Repairs()
         self._look_at = self._speak_at = 0.0
         self._said, self._unsaid = "", 0
         self._known: set[int] = set()  # who have left, by their cookies
@@ -76,7 +86,7 @@ class Guard(Closing):
             gone.append(slot)
             if cookie_of(member) not in self._known:
                 self._known.add(cookie_of(member))
-                self.left += 1
+                self.repairs.renewed += 1
                 self._log.error("the socket of worker %d has left the group for good: %s", slot, why)
         if seen is not None and by is not None:
             self._restore(by, staying, seen)
@@ -120,7 +130,7 @@ class Guard(Closing):
             except SocketRefusedError as error:  # its filters were locked; another's may not be
                 refused = error
             else:
-                self.put_back += 1
+                self.repairs.put_back += 1
                 self._say(f"the group had {_named(found.pop())} in the place of its own, which is put back")
                 return
         self._say(f"the group has {_named(found.pop())} in the place of its own, which cannot be put back: {refused}")

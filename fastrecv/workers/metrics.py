@@ -142,6 +142,12 @@ class ServiceCollector(Collector):
         yield GaugeMetricFamily(
             "fastrecv_service_workers_restarting", "Workers that are still to be restarted.", service.restarting
         )
+        yield CounterMetricFamily(
+            "fastrecv_service_program_repairs", "How often the group's program was put back.", service.put_back
+        )
+        yield CounterMetricFamily(
+            "fastrecv_service_socket_repairs", "Sockets that had left the group, and were replaced.", service.renewed
+        )
         yield from _gauges(service.workers)
         yield from _counters(service.workers)
         yield _fill(service.workers)

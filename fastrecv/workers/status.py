@@ -14,7 +14,7 @@ from fastrecv.sockets import memory
 from fastrecv.workers.counters import Counters
 from fastrecv.workers.fleet import Fleet
 from fastrecv.workers.slots import Slot
-from fastrecv.workers.steering import Chooser
+from fastrecv.workers.steering import Chooser, Steering
 
 __all__ = ["Counts", "Service", "State", "Worker", "WorkerState", "taken"]
 
@@ -74,8 +74,9 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
 
     pid : the supervisor's. uptime : seconds. chooser : who decides which worker gets a sender: the balancer's program,
     classic BPF, or the kernel's hash. wanted : how many workers there shall be. restarting : how many are still to be
-    restarted. failure : why the last restart or change of their number came to no good end. total : the counts of all
-    slots, also of those that are no more.
+    restarted. failure : why the last restart or change of their number came to no good end. put_back : how often the
+    group's program was put back in the place of another. renewed : sockets that had left the group. total : the counts
+    of all slots, also of those that are no more.
     """
 
     pid: int
@@ -88,6 +89,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     wanted: int
     restarting: int
     failure: str | None
+    put_back: int
+    renewed: int
     total: Counts
     workers: list[Worker]
 
@@ -103,7 +106,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def taken(
-    fleet: Fleet, counters: Counters, *, began: float, address: str, policy: str, chooser: Chooser, handler: str
+    fleet: Fleet, counters: Counters, steering: Steering, *, began: float, address: str, policy: str, handler: str
 ) -> Service:
     """As it is now. began : time.monotonic() when the service did."""
     now, rows = time.monotonic(), counters.read()
@@ -111,8 +114,9 @@ def taken(
     gone = np.delete(rows, [slot.number for slot in fleet.slots])
     drops = int(gone["closed_drops"].sum()) + sum(worker.kernel_drops for worker in workers)
     return Service(
-        pid=os.getpid(), uptime=round(now - began, 3), address=address, policy=policy, chooser=chooser,
+        pid=os.getpid(), uptime=round(now - began, 3), address=address, policy=policy, chooser=steering.chooser,
         handler=handler, state=_state(fleet), wanted=fleet.wanted, restarting=fleet.restarting, failure=fleet.failure,
+        put_back=steering.repairs.put_back, renewed=steering.repairs.renewed,
         total=Counts(**_counts(rows), kernel_drops=drops), workers=workers,
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ from fastrecv.groups import Lookout
 from fastrecv.policies import Policy
 from fastrecv.sockets import drop_everything
 from fastrecv.steerable import protocol_of
-from fastrecv.workers.guarding import Guard
+from fastrecv.workers.guarding import Guard, Repairs
 
 __all__ = ["Chooser", "Record", "Steering"]
 
@@ -45,6 +45,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     maps: dict[str, int]
     size: int | None
     guarded: bool
+    repairs: Repairs
     lookout: int | None
 
     def descriptors(self) -> list[int]:
@@ -98,7 +99,9 @@ class Steering:
         elif record.size is not None:
             by = Filter(policy, record.size)
         lookout = None if record.lookout is None else Lookout.of(record.lookout)
-        return cls(by, Guard(lookout, log) if record.guarded else None, first if record.kept else None, log)
+        return cls(
+            by, Guard(lookout, log, record.repairs) if record.guarded else None, first if record.kept else None, log
+        )
 
     def record(self) -> Record:
         by = self._by
@@ -108,6 +111,7 @@ class Steering:
             maps=by.maps.descriptors() if isinstance(by, Balancer) else {},
             size=by.size if isinstance(by, Filter) else None,
             guarded=self.guard is not None,
+            repairs=self.repairs,
             lookout=None if self.guard is None or self.guard.lookout is None else self.guard.lookout.fileno(),
         )
 
@@ -116,6 +120,10 @@ class Steering:
         if self._by is None:
             return "hash"
         return "balancer" if isinstance(self._by, Balancer) else "classic"
+
+    @property
+    def repairs(self) -> Repairs:
+        return Repairs() if self.guard is None else self.guard.repairs
 
     def join(self, slot: int, member: socket.socket) -> None:
         """A new member, the last of all, gets a slot; senders only with `share`."""

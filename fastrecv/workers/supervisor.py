@@ -260,8 +260,8 @@ class Supervisor:
     def status(self) -> Service:
         """How it stands."""
         return taken(
-            self._fleet, self._counters, began=self._began, address=self._address, policy=self._settings.policy,
-            chooser=self._steering.chooser, handler=self._settings.handler,
+            self._fleet, self._counters, self._steering, began=self._began, address=self._address,
+            policy=self._settings.policy, handler=self._settings.handler,
         )  # fmt: skip
 
     def restart(self) -> None:

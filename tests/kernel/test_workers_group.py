@@ -168,18 +168,18 @@ def test_a_classic_program_is_put_back_but_for_another_classic_one(stage: Stage,
     ours = Filter(Policy.parse("source"), 2)
     ours.attach(group[0])
     with lookout(kind) as seen:
-        assert looked(ours, group, seen).put_back == 0
+        assert looked(ours, group, seen).repairs.put_back == 0
         detach(group[1])
-        assert looked(ours, group, seen).put_back == 1
+        assert looked(ours, group, seen).repairs.put_back == 1
         assert program_of(group[0]) == CLASSIC
         with Balancer(Policy.parse("source"), size=2) as other:
             attach(group[1], other.maps.program)
-            assert looked(ours, group, seen).put_back == 1
+            assert looked(ours, group, seen).repairs.put_back == 1
         assert program_of(group[0]) == CLASSIC
         attach_classic(group[0], Filter(Policy.parse("destination"), 2).instructions)
-        assert looked(ours, group, seen).put_back == 0
+        assert looked(ours, group, seen).repairs.put_back == 0
         detach(group[1])
-        assert looked(ours, group, None).put_back == 0
+        assert looked(ours, group, None).repairs.put_back == 0
         assert program_of(group[0]) is None
 
 
@@ -189,7 +189,7 @@ def test_locked_filters_of_some_members_hinder_nobody(stage: Stage, caplog: pyte
         for lost, member in enumerate(group.values()):
             member.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
             detach(member)
-            assert looked(ours, group, seen).put_back == 1 - lost
+            assert looked(ours, group, seen).repairs.put_back == 1 - lost
     said = "the group has no program in the place of its own, which cannot be put back: udp 198.51.100.1 port 7007 has"
     assert caplog.messages[1].startswith(said)
 
@@ -220,7 +220,7 @@ def test_a_socket_that_has_left_is_told_each_time_and_logged_once(
     group[1].connect((HOST, 9))
     with only():
         assert [guard.look(ours, group) for _ in range(3)] == [[1]] * 3
-    assert guard.left == 1
+    assert guard.repairs.renewed == 1
     assert caplog.messages == ["the socket of worker 1 has left the group for good: it was connected by its worker"]
 
 
@@ -244,5 +244,5 @@ def test_a_guard_goes_on_with_descriptors_of_another_process_image(stage: Stage)
             inherited = os.dup(first.fileno())
         with only(), Lookout.of(inherited) as seen:
             detach(group[0])
-            assert looked(ours, group, seen).put_back == 1
+            assert looked(ours, group, seen).repairs.put_back == 1
         assert program_of(group[0]) == ours.maps.program.info.id

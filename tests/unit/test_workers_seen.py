@@ -41,8 +41,8 @@ def worker(slot: int, **changed: object) -> Worker:
 def service(*workers: Worker, **changed: object) -> Service:
     base = Service(
         pid=4711, uptime=100.0, address="udp 192.0.2.1 port 2055", policy="source", chooser="balancer",
-        handler='odd"name\\:handle', state="running", wanted=len(workers), restarting=0, failure=None, total=COUNTS,
-        workers=list(workers),
+        handler='odd"name\\:handle', state="running", wanted=len(workers), restarting=0, failure=None,
+        put_back=0, renewed=0, total=COUNTS, workers=list(workers),
     )  # fmt: skip
     return msgspec.structs.replace(base, **changed)
 
