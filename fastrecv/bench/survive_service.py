@@ -25,11 +25,11 @@ from fastrecv.workers.counters import NAME, ROW, STATES
 from fastrecv.workers.process import ALONE
 from fastrecv.workers.settings import MAX_WORKERS
 
-__all__ = ["ADDRESS", "PORT", "Service", "Totals", "namespace", "rows_of", "until"]
+__all__ = ["ADDRESS", "PORT", "READS", "Service", "Totals", "namespace", "rows_of", "until"]
 
 ADDRESS, PORT = "127.0.0.1", 2055
 _PATIENCE = 20.0  # seconds: a busy machine starts interpreters slowly
-_READS = re.compile(r"worker (\d+) \[(\d+)\] reads")
+READS = re.compile(r"worker (\d+) \[(\d+)\] reads")
 _STOPPED = re.compile(r"stopped: (\d+) datagrams received, (\d+) handled, (\d+) failed, (\d+) in")
 
 
@@ -101,7 +101,7 @@ class Service:
 
     def begun(self, workers: int) -> None:
         """Wait until so many workers have begun to read since its start."""
-        self.says(_READS.pattern, workers)
+        self.says(READS.pattern, workers)
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -142,7 +142,7 @@ class Service:
 
     def slots(self) -> dict[int, int]:
         """Which slot each worker process has read, by its log."""
-        return {int(pid): int(slot) for slot, pid in _READS.findall(self.log)}
+        return {int(pid): int(slot) for slot, pid in READS.findall(self.log)}
 
     def by_process(self) -> dict[int, NDArray[np.void]]:
         """What each process wrote down."""

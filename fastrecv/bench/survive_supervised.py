@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
-from collections import Counter, defaultdict
-from itertools import pairwise
+from collections import Counter
 from pathlib import Path
 from typing import Self
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fastrecv.bench.numbered import NumberedSource
 from fastrecv.bench.survive_churn import Action
 from fastrecv.bench.survive_recorder import FOLDER, HANDLER, HANG
-from fastrecv.bench.survive_service import Service
+from fastrecv.bench.survive_service import READS, Service
 
 __all__ = ["BATCH", "BUFFER", "TIMEOUT", "Supervised"]
 
@@ -34,7 +34,7 @@ _SAYS = {
     "no more": "ERROR   supervisor: no worker more",
 }
 _ROUNDS = 3  # datagrams of every sender between two changes, so that it is known who has it
-_QUICK = 2.0  # seconds: who is killed again so soon may have died at once
+_QUICK = 1.2  # seconds of reading: who is killed earlier may have died at once
 _QUICKLY = 3  # times one after the other; two more and the supervisor gives the worker up, as it shall
 _SPREAD = 2  # workers more or less than there were
 _PATIENCE = 30.0  # seconds
@@ -55,7 +55,8 @@ class Supervised:
         self._rng = np.random.default_rng(seed)
         self._hang = folder / HANG
         self._killed: set[int] = set()
-        self._kills: dict[int, list[float]] = defaultdict(list)
+        self._began: dict[int, float] = {}
+        self._quick: Counter[int] = Counter()
         self._wanted: int | None = None
         self._since = 0.0
         self._settled = 0
@@ -115,7 +116,7 @@ class Supervised:
             return False
         slot = int(self._rng.choice(sorted(found)))
         self._killed.add(found[slot])
-        self._kills[slot].append(time.monotonic())
+        self._quick[slot] = 0 if self._has_lasted(found[slot]) else self._quick[slot] + 1
         try:
             os.kill(found[slot], signal.SIGKILL)
         except ProcessLookupError:
@@ -125,8 +126,10 @@ class Supervised:
     def _may_be_killed(self, slot: int, pid: int) -> bool:
         if slot in self._spared or pid in self._killed:
             return False
-        last = [*self._kills[slot][-_QUICKLY:], time.monotonic()]
-        return len(last) <= _QUICKLY or any(after - before > _QUICK for before, after in pairwise(last))
+        return self._quick[slot] < _QUICKLY or self._has_lasted(pid)
+
+    def _has_lasted(self, pid: int) -> bool:
+        return time.monotonic() - self._began.get(pid, math.inf) > _QUICK
 
     def _restart(self) -> bool:
         if self._restarting:
@@ -177,6 +180,8 @@ class Supervised:
     def _read_log(self) -> None:
         *lines, self._line = (self._line + self._log.read()).split("\n")
         for line in lines:
+            if began := READS.search(line):
+                self._began[int(began[2])] = time.monotonic()
             self.said.update(name for name, words in _SAYS.items() if words in line)
 
     # Its end

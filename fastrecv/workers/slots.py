@@ -166,8 +166,7 @@ class Slot:
     def _stopped(self, reader: Process) -> None:
         """The reader has read for the last time, as it was told to."""
         self.reader = None
-        if reader.read_since is not None and time.monotonic() - reader.read_since >= _AT_ONCE:
-            self._deaths = 0
+        self._deaths = 0  # it has not died
         self.drained |= self.leaving and reader.told == "drain"
         if self.successor is None and not self.drained:
             self._again_at = time.monotonic()
