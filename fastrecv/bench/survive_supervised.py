@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
-from collections import Counter, defaultdict
-from itertools import pairwise
+from collections import Counter
 from pathlib import Path
 from typing import Self
 
@@ -34,8 +34,9 @@ _SAYS = {
     "no more": "ERROR   supervisor: no worker more",
 }
 _ROUNDS = 3  # datagrams of every sender between two changes, so that it is known who has it
-_QUICK = 2.0  # seconds: who is killed again so soon may have died at once
+_QUICK = 1.2  # seconds of reading: who dies earlier has perhaps died at once, in the supervisor's eyes
 _QUICKLY = 3  # times one after the other; two more and the supervisor gives the worker up, as it shall
+_READS = re.compile(r"worker \d+ \[(\d+)\] reads")
 _SPREAD = 2  # workers more or less than there were
 _PATIENCE = 30.0  # seconds
 
@@ -55,7 +56,8 @@ class Supervised:
         self._rng = np.random.default_rng(seed)
         self._hang = folder / HANG
         self._killed: set[int] = set()
-        self._kills: dict[int, list[float]] = defaultdict(list)
+        self._reads: dict[int, float] = {}
+        self._quick: Counter[int] = Counter()
         self._wanted: int | None = None
         self._since = 0.0
         self._settled = 0
@@ -114,10 +116,11 @@ class Supervised:
         if not found:
             return False
         slot = int(self._rng.choice(sorted(found)))
-        self._killed.add(found[slot])
-        self._kills[slot].append(time.monotonic())
+        pid = found[slot]
+        self._killed.add(pid)
+        self._quick[slot] = self._quick[slot] + 1 if self._is_new(pid) else 0
         try:
-            os.kill(found[slot], signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             return False
         return True
@@ -125,8 +128,10 @@ class Supervised:
     def _may_be_killed(self, slot: int, pid: int) -> bool:
         if slot in self._spared or pid in self._killed:
             return False
-        last = [*self._kills[slot][-_QUICKLY:], time.monotonic()]
-        return len(last) <= _QUICKLY or any(after - before > _QUICK for before, after in pairwise(last))
+        return self._quick[slot] < _QUICKLY or not self._is_new(pid)
+
+    def _is_new(self, pid: int) -> bool:
+        return time.monotonic() - self._reads.get(pid, time.monotonic()) < _QUICK
 
     def _restart(self) -> bool:
         if self._restarting:
@@ -177,6 +182,8 @@ class Supervised:
     def _read_log(self) -> None:
         *lines, self._line = (self._line + self._log.read()).split("\n")
         for line in lines:
+            if found := _READS.search(line):
+                self._reads[int(found[1])] = time.monotonic()
             self.said.update(name for name, words in _SAYS.items() if words in line)
 
     # Its end
