@@ -1,6 +1,7 @@
 """Handlers: the code of a service, found by "package.module:name" and given batches, or sockets.
 
-- a function handle(batch), plain or async;
+- a function handle(batch), plain or async; async ones run on asyncio, or on uvloop where their module calls
+  uvloop.install();
 - a class, made once a worker, with handle(batch) and, where it has them, start() and stop(); async or not, each;
 - such a class with snapshot() and restore(data), async or not, whose state outlives it: what snapshot returns after a
   batch, bytes, or None where nothing has changed since, is given to the restore of the next worker at the same socket,

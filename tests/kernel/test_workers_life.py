@@ -208,6 +208,18 @@ def test_a_class_starts_handles_and_stops_async_or_not(folder: Path) -> None:
         assert [text for _, text in service.notes()] == ["start", "one", "two", "stop"]
 
 
+def test_an_async_handler_runs_on_uvloop_where_its_module_says_so(folder: Path) -> None:
+    (folder / "fast.py").write_text(
+        "import asyncio, uvloop\nimport app\nuvloop.install()\n"
+        "async def handle(batch):\n    app.note(type(asyncio.get_running_loop()).__module__)\n"
+    )
+    with Service(folder, "fast:handle") as service:
+        service.begun(1)
+        say("any")
+        service.noted("uvloop")
+        assert service.stop() == 0
+
+
 def test_a_loop_of_its_own_gets_the_socket_and_sigterm(folder: Path) -> None:
     with Service(folder, "app:serve") as service:
         service.begun(1)
