@@ -60,6 +60,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Exit code: 0 stopped as told; 1 all workers were given up, or had to be killed with their queues unread."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited SIG_IGN would leave nobody to wait for (waitid(2))
         privileges.refuse_threads()
         privileges.check_becoming(self._identity.user, self._identity.group)
         self._attributes.check()
