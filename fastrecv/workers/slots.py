@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -93,7 +94,14 @@ class Slot:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Let go of the socket, and of what the handler has kept. Nobody reads any more."""
+        """Let go of the socket, and of what the handler has kept. Nobody reads any more.
+
+        A check of new code, or what a worker has left behind, may have a listener still, and it would go on to take
+        connections that nobody accepts: it ends for all.
+        """
+        if self.own and self.sock.type == socket.SOCK_STREAM:
+            with contextlib.suppress(OSError):  # its worker has done so already
+                self.sock.shutdown(socket.SHUT_RD)
         self.sock.close()
         os.close(self.snapshots)
 
