@@ -40,7 +40,8 @@ class Fleet:
     """Slots 0 to n - 1, their processes, and who has senders.
 
     task : what the worker of a slot is told first. wanted : how many workers there shall be. begun : all have read at
-    some time. stopping : all are leaving. failure : why the last restart or change of their number came to no good end.
+    some time, but for those that were given up. stopping : all are leaving. failure : why the last restart or change of
+    their number came to no good end.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class Fleet:
         now = time.monotonic()
         for slot in self.slots:
             slot.act(now, self._settings.timeout)
-        self.begun = self.begun or all(slot.reader is not None for slot in self.slots)
+        self.begun = self.begun or all(slot.reader is not None or slot.given_up for slot in self.slots)
         if not self.stopping:
             self._guard()
             self._roll()

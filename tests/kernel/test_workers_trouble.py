@@ -93,3 +93,35 @@ def test_growth_with_few_descriptors_left_leaves_none_behind(spare: int, folder:
             service.send(signal.SIGTTIN)
         service.says("workers 0, 1 share")
         assert service.stop() == 0
+
+
+HALF = """
+import os
+from pathlib import Path
+
+class Half:
+    def start(self):
+        if Path({folder!r}, "broken").exists():
+            raise ValueError("broken")
+        try:
+            os.mkdir(Path({folder!r}, "first"))
+        except FileExistsError:
+            os._exit(5)
+
+    def handle(self, batch):
+        from app import handle
+        handle(batch)
+"""
+"""The first that starts lives; none can that starts when there is a file of that name."""
+
+
+def test_broken_code_leaves_the_others_as_they_are_though_one_was_given_up_from_the_start(folder: Path) -> None:
+    (folder / "half.py").write_text(HALF.format(folder=str(folder)))
+    with Service(folder, "half:Half", "-w", 2) as service:
+        service.says("is given up")
+        (folder / "broken").touch()
+        service.send(signal.SIGHUP)
+        service.says("no more workers are restarted, the others stay")
+        say("one")
+        service.noted("one")
+        assert service.stop() == 0
