@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import socket
 import time
 from collections import deque
@@ -38,7 +40,8 @@ class Fleet:
     """Slots 0 to n - 1, their processes, and who has senders.
 
     task : what the worker of a slot is told first. wanted : how many workers there shall be. begun : all have read at
-    some time. stopping : all are leaving. failure : why the last restart or change of their number came to no good end.
+    some time, but for those that were given up. stopping : all are leaving. failure : why the last restart or change of
+    their number came to no good end.
     """
 
     def __init__(
@@ -61,9 +64,10 @@ class Fleet:
         self._sharing = set(range(len(members)))
 
     def begin(self) -> None:
-        """Start a worker for each."""
+        """Start a worker for each. StateError."""
         for slot in self.slots:
-            slot.begin()
+            if not slot.begin():
+                raise StateError(f"worker {slot.number} cannot be started: {slot.cause}")
 
     def resume(self, record: Record, members: list[socket.socket]) -> None:
         """Be as another was before this program was executed. members : the slots' sockets."""
@@ -168,7 +172,7 @@ class Fleet:
         now = time.monotonic()
         for slot in self.slots:
             slot.act(now, self._settings.timeout)
-        self.begun = self.begun or all(slot.reader is not None for slot in self.slots)
+        self.begun = self.begun or all(slot.reader is not None or slot.given_up for slot in self.slots)
         if not self.stopping:
             self._guard()
             self._roll()
@@ -200,15 +204,18 @@ class Fleet:
         slot = self._rolling[0]
         if self._rolled is None:
             if slot.successor is None:  # else it was started before, perhaps with code of before
-                slot.begin()
+                if not slot.begin():
+                    self._rolls_no_more(slot, slot.cause)
                 self._rolled = slot.successor
         elif slot.reader is self._rolled:
             self._rolled_one()
         elif self._rolled.state == "dead":
-            why = self._rolled.failure or ending(self._rolled.status)
-            self._fails(f"no more workers are restarted, the others stay: the new worker {slot.number}: {why}")
-            self._rolling.clear()
-            self._rolled = None
+            self._rolls_no_more(slot, self._rolled.failure or ending(self._rolled.status))
+
+    def _rolls_no_more(self, slot: Slot, why: str | None) -> None:
+        self._fails(f"no more workers are restarted, the others stay: the new worker {slot.number}: {why}")
+        self._rolling.clear()
+        self._rolled = None
 
     def _rolled_one(self) -> None:
         """The first is new, or leaves."""
@@ -237,16 +244,21 @@ class Fleet:
 
     def _add(self) -> None:
         """A socket, which has a slot and a worker before it has senders."""
+        number = len(self.slots)
         try:
-            sock = opening.another(self._settings, [slot.sock for slot in self.slots])
+            with contextlib.ExitStack() as stack:
+                kept = snapshots.begun(self._counters.row(number))
+                stack.callback(os.close, kept)
+                sock = stack.enter_context(opening.another(self._settings, [slot.sock for slot in self.slots]))
+                self._steering.join(number, sock)
+                stack.pop_all()
         except OSError as error:
             self._fails(f"no worker more: {error.strerror or error}")
-            self.wanted = len(self.slots)
+            self.wanted = number
             return
-        slot = self._slot(len(self.slots), sock, True)
+        slot = self._slot(number, sock, True, kept)
         slot.new = True
         self.slots.append(slot)
-        self._steering.join(slot.number, sock)
         slot.begin()
 
     def _fails(self, why: str) -> None:

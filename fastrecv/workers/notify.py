@@ -1,8 +1,8 @@
 """What a service manager is told, and has told: sd_notify(3), sd_watchdog_enabled(3).
 
-READY=1 once all workers read; RELOADING=1 when a rolling restart is asked for, and READY=1 again when it is over;
-STOPPING=1; STATUS=, a line a second while it changes; WATCHDOG=1 at half the time that the manager gives, as long as
-the supervisor's loop turns.
+READY=1 once all workers read that were not given up; RELOADING=1 when a rolling restart is asked for, and READY=1 again
+when it is over; STOPPING=1; STATUS=, a line a second while it changes; WATCHDOG=1 at half the time that the manager
+gives, as long as the supervisor's loop turns.
 """
 
 from __future__ import annotations

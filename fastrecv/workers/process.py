@@ -62,17 +62,17 @@ class Process:
 
     @classmethod
     def begin(cls, task: Task) -> Process:
-        """Execute an interpreter for a task."""
+        """Execute an interpreter for a task. OSError, with nothing left behind."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             words = [sys.executable, *_safe(), "-m", "fastrecv.workers.worker", str(theirs.fileno())]
             kept = (theirs.fileno(), task.counters, task.socket, task.snapshots)
             try:
-                pid = executed(words, kept, notify.without(os.environ) | ALONE, devnull=True)
+                pid, pidfd = executed(words, kept, notify.without(os.environ) | ALONE, devnull=True)
             except BaseException:
                 ours.close()
                 raise
-        process = cls(pid, os.pidfd_open(pid), ours)
+        process = cls(pid, pidfd, ours)
         process._say(msgspec.json.encode(task))
         return process
 
@@ -168,15 +168,24 @@ class Process:
         return self._status
 
 
-def executed(words: list[str], kept: Iterable[int], environment: Mapping[str, str], *, devnull: bool = False) -> int:
-    """Execute a program in a process of its own; its id. kept : the descriptors that it has, too, by their numbers.
+def executed(
+    words: list[str], kept: Iterable[int], environment: Mapping[str, str], *, devnull: bool = False
+) -> tuple[int, int]:
+    """Execute a program in a process of its own; its id and its pidfd. OSError, with nothing left behind.
 
-    devnull : it is a session of its own, whom Ctrl-C does not reach, with nothing to read.
+    kept : the descriptors that it has, too, by their numbers. devnull : it is a session of its own, whom Ctrl-C does
+    not reach, with nothing to read.
     """
     actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in kept]
     if devnull:
         actions.append((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0))
-    return os.posix_spawn(words[0], words, environment, file_actions=actions, setsid=devnull, setsigmask=[])
+    pid = os.posix_spawn(words[0], words, environment, file_actions=actions, setsid=devnull, setsigmask=[])
+    try:
+        return pid, os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
 
 
 def exit_status(pidfd: int, flags: int) -> int | None:

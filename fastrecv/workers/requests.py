@@ -68,7 +68,7 @@ def answered(raw: bytes, service: Controlled) -> bytes:
     try:
         request = msgspec.json.decode(raw, type=Status | Restart | Scale | Stop)
         _do(request, service)
-    except (msgspec.DecodeError, StateError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, StateError) as error:
         return msgspec.json.encode(Answer(error=str(error)))
     return msgspec.json.encode(Answer(service.status()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -23,6 +24,7 @@ __all__ = ["Record", "Slot"]
 _AT_ONCE = 1.0  # seconds of reading: who dies earlier has died at once
 _BACKOFF = (0.0, 0.1, 0.2, 0.4, 0.8)  # seconds before the next try, by how many have died at once; then no more
 _IMPORT = 60.0  # seconds until a worker must be ready, where the timeout is shorter
+_REST = 1.0  # seconds until the next try to start somebody where there was no room for it
 _WELL = (0, -signal.SIGTERM)
 _HANDSHAKES = 0.3  # seconds: handshakes that have begun end within a round trip
 
@@ -92,7 +94,14 @@ class Slot:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Let go of the socket, and of what the handler has kept. Nobody reads any more."""
+        """Let go of the socket, and of what the handler has kept. Nobody reads any more.
+
+        A check of new code, or what a worker has left behind, may have a listener still, and it would go on to take
+        connections that nobody accepts: it ends for all.
+        """
+        if self.own and self.sock.type == socket.SOCK_STREAM:
+            with contextlib.suppress(OSError):  # its worker has done so already
+                self.sock.shutdown(socket.SHUT_RD)
         self.sock.close()
         os.close(self.snapshots)
 
@@ -110,11 +119,22 @@ class Slot:
         """Whether a slot that leaves has nobody and nothing left."""
         return self.leaving and (self.drained or self.given_up) and not self.processes
 
-    def begin(self) -> None:
-        """Start who reads next."""
+    def begin(self) -> bool:
+        """Start who reads next. False where that cannot be, for want of descriptors, memory or the interpreter's file.
+
+        It is tried again then, while nobody reads.
+        """
         self._again_at = None
         self.given_up = False
-        self.successor = self._spawn(self)
+        try:
+            self.successor = self._spawn(self)
+        except OSError as error:
+            self.cause = error.strerror or str(error)
+            self._log.error("worker %d cannot be started: %s", self.number, self.cause)
+            if self.reader is None:
+                self._again_at = time.monotonic() + _REST
+            return False
+        return True
 
     def leave(self) -> None:
         """Have the queue read to its end, and nobody after that; a socket of others' is left with its queue."""

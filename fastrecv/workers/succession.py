@@ -111,12 +111,14 @@ def _command() -> list[str]:
 
 
 class Check:
-    """A child that looks whether the code of now could go on from a record; it says itself why it could not."""
+    """A child that looks whether the code of now could go on from a record; it says itself why it could not.
+
+    OSError where there is no room for one.
+    """
 
     def __init__(self, record: Record) -> None:
         with _written(msgspec.structs.replace(record, checking=True)) as fd:
-            pid = executed(_command(), (fd, *record.descriptors()), os.environ | {_VARIABLE: str(fd)})
-        self._pidfd = os.pidfd_open(pid)
+            _, self._pidfd = executed(_command(), (fd, *record.descriptors()), os.environ | {_VARIABLE: str(fd)})
         self._deadline = time.monotonic() + _PATIENCE
 
     def fileno(self) -> int:

@@ -60,6 +60,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Exit code: 0 stopped as told; 1 all workers were given up, or had to be killed with their queues unread."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited SIG_IGN would leave nobody to wait for (waitid(2))
         privileges.refuse_threads()
         privileges.check_becoming(self._identity.user, self._identity.group)
         self._attributes.check()
@@ -230,11 +231,18 @@ class Supervisor:
         elif fleet.stopping:
             return
         elif number == signal.SIGUSR2:
-            self._check = self._check or Check(self._record())
+            self._look_for_successor()
         elif number == signal.SIGHUP:
             self.restart()
         else:
             self.scale(fleet.wanted + (1 if number == signal.SIGTTIN else -1))
+
+    def _look_for_successor(self) -> None:
+        """Begin a check, where none goes on."""
+        try:
+            self._check = self._check or Check(self._record())
+        except OSError as error:
+            self._log.error("the supervisor stays as it is: its successor cannot be looked at: %s", error.strerror)
 
     def _succeed(self, signals: Signals) -> None:
         """The check has ended: be the code of now, or stay."""

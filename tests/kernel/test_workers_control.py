@@ -114,6 +114,8 @@ def test_nobody_else_is_answered_even_where_the_file_lets_them(shared: Service) 
     [
         (b"nonsense", "JSON is malformed"),
         (b"\xff\x00", "JSON is malformed"),
+        (b'{"command": "\xff"}', "can't decode byte"),
+        (b'{"more": ' + b"[" * 4000, "recursion"),
         (b"{}", "missing required field `command`"),
         (b'{"command": "explode"}', "Invalid value 'explode'"),
         (b'{"command": "scale", "workers": 0}', "Expected `int` >= 1 - at `$.workers`"),

@@ -30,6 +30,11 @@ import os, sys
 os.environ["PYTHONPATH"] = {str(Path(fastrecv.__file__).parents[1])!r}
 os.execv(sys.argv[1], [sys.argv[1], "-P", *sys.argv[2:]])
 """
+CHILDLESS = """
+import os, signal, sys
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 @pytest.fixture
@@ -86,6 +91,15 @@ def test_a_handler_may_not_load_bpf_even_as_root(folder: Path) -> None:
         assert status(service.pids(1)[0])["Uid"].split() == ["0"] * 4
         say("bpf")
         service.noted(f"errno {EPERM}")
+        assert service.stop() == 0
+
+
+def test_children_are_waited_for_though_who_calls_ignores_his(folder: Path) -> None:
+    before = (sys.executable, "-c", CHILDLESS)
+    with Service(folder, "app:handle", before=before) as service:
+        service.begun(1)
+        os.kill(service.pids(1)[0], signal.SIGKILL)
+        service.begun(2)
         assert service.stop() == 0
 
 

@@ -366,3 +366,20 @@ def waiting_in(listener: socket.socket) -> int:
     """Connections that nobody has accepted: tcpi_unacked of a listener (tcp_get_info, net/ipv4/tcp.c)."""
     info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
     return int.from_bytes(info[24:28], sys.byteorder)
+
+
+def test_a_listener_has_left_for_all_though_a_check_of_new_code_has_it_still(folder: Path) -> None:
+    with Service(folder, "echo:Echo", "-w", 2, bind=BIND) as service:
+        service.begun(2)
+        said = folder / "check"
+        (folder / "sitecustomize.py").write_text(
+            "import os, pathlib, time\nif 'FASTRECV_SUCCESSION' in os.environ:\n"
+            f"    pathlib.Path({str(said)!r}).touch()\n    time.sleep(1000)\n"
+        )
+        service.send(signal.SIGUSR2)
+        until(said.exists, lambda: service.log)
+        service.send(signal.SIGTTOU)
+        service.says("worker 1 has left")
+        service.send(signal.SIGTTIN)
+        service.says("workers 0, 1 share")
+        assert service.stop() == 0
