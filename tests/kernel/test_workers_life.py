@@ -159,6 +159,35 @@ def test_told_to_stop_the_queue_is_read_to_its_end(folder: Path) -> None:
         assert "100 datagrams received, 100 handled, 0 failed, 0 in the hands" in service.log
 
 
+@pytest.mark.parametrize("way", ["sys.exit()", "os._exit(0)"])
+def test_a_handler_that_exits_well_while_its_queue_is_read_to_the_end_has_died_and_the_queue_waits(
+    way: str, folder: Path
+) -> None:
+    with (folder / "app.py").open("a") as file:
+        file.write(f"\nimport sys\ndef leave(batch):\n    handle(batch) if batch[0] != b'leave' else {way}\n")
+    with Service(folder, "app:leave", "--batch-size", 1) as service:
+        service.begun(1)
+        (pid,) = service.pids(1)
+        os.kill(pid, signal.SIGSTOP)
+        say("leave", *map(str, range(5)))
+        service.send(signal.SIGTERM)
+        service.says("SIGTERM")
+        os.kill(pid, signal.SIGCONT)
+        assert service.process.wait(10) == 0
+        assert [text for _, text in service.notes()] == list(map(str, range(5)))
+        assert service.totals() == (6, 5, 0, 1)
+        service.says(r"has died, exit code 0, with 1 datagrams in its hands")
+
+
+def test_a_queue_that_a_loop_of_its_own_leaves_unread_is_lost_and_said(folder: Path) -> None:
+    (folder / "app.py").write_text("import time\ndef serve(sockets):\n    time.sleep(1000)\n")
+    with Service(folder, "app:serve") as service:
+        service.begun(1)
+        say("a")
+        assert service.stop() == 1
+        service.says("unread queues of workers \\[0\\] are lost")
+
+
 def test_what_is_not_read_in_time_is_lost_and_said(folder: Path) -> None:
     with Service(folder, "app:slow", "--batch-size", 1, "--graceful-timeout", 0.2) as service:
         service.begun(1)
