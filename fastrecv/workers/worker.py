@@ -33,6 +33,8 @@ def main(fd: int) -> int:
     """Work until told to stop; the exit code."""
     with socket.socket(fileno=fd) as sock:
         task = msgspec.json.decode(sock.recv(LONGEST), type=Task)
+        for inherited in (fd, task.counters, task.socket, task.snapshots):  # not by what the service's code executes
+            os.set_inheritable(inherited, False)
         for number in (signal.SIGINT, signal.SIGTERM):  # the supervisor says when; what is executed has its own way
             signal.signal(number, _ignore)
         orders = Orders(sock, lambda: _forsaken(task))

@@ -80,6 +80,20 @@ def test_nothing_of_the_current_folder_is_imported_before_privileges_are_given_u
     assert not (folder / "intruded").exists()
 
 
+def test_what_a_handler_executes_has_nothing_of_the_service(folder: Path) -> None:
+    """It would keep the socket alive, and take datagrams with it, when the service is long over."""
+    command = f"ls -l /proc/self/fd >{folder}/fds"
+    (folder / "shell.py").write_text(f"import os\ndef handle(batch):\n    os.system({command!r})\n")
+    with Service(folder, "shell:handle") as service:
+        service.begun(1)
+        say("datagram")
+        assert service.stop() == 0
+        held = (folder / "fds").read_text()
+        assert "/log" in held
+        assert "socket:" not in held
+        assert "memfd:" not in held
+
+
 def test_a_handler_may_not_load_bpf_even_as_root(folder: Path) -> None:
     with Service(folder, "app:handle") as service:
         service.begun(1)
