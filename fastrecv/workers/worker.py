@@ -5,6 +5,7 @@ It becomes who it shall be and gives every capability up before it imports the s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -64,7 +65,8 @@ def _forsaken(task: Task) -> bool:
     if task.own:
         with socket.socket(fileno=os.dup(task.socket)) as sock:
             if sock.type == socket.SOCK_DGRAM:  # on a listener it takes CAP_NET_ADMIN
-                drop_everything(sock)
+                with contextlib.suppress(PermissionError):  # its filters are locked: then until the time is over
+                    drop_everything(sock)
     return task.own
 
 

@@ -30,6 +30,16 @@ import os, sys
 os.environ["PYTHONPATH"] = {str(Path(fastrecv.__file__).parents[1])!r}
 os.execv(sys.argv[1], [sys.argv[1], "-P", *sys.argv[2:]])
 """
+LOCKS = """
+import socket
+def locks(batch):
+    for fd in os.listdir("/proc/self/fd"):
+        if os.path.exists(f"/proc/self/fd/{fd}") and os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+            with socket.socket(fileno=os.dup(int(fd))) as sock:
+                if sock.type == socket.SOCK_DGRAM:
+                    sock.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
+    handle(batch)
+"""
 
 
 @pytest.fixture
@@ -337,6 +347,23 @@ def test_workers_of_a_supervisor_that_is_killed_read_their_queues_to_the_end(fol
         service.process.wait()
         os.kill(pid, signal.SIGCONT)
         service.noted(*texts)
+        until(lambda: not lives(pid), lambda: f"{pid} lives")
+
+
+def test_locked_filters_keep_no_worker_of_a_supervisor_that_is_killed_from_its_queue(folder: Path) -> None:
+    with (folder / "app.py").open("a") as file:
+        file.write(LOCKS)
+    with Service(folder, "app:locks", "--batch-size", 1, "--graceful-timeout", 1) as service:
+        service.begun(1)
+        say("first")
+        service.noted("first")
+        (pid,) = service.pids(1)
+        os.kill(pid, signal.SIGSTOP)
+        say("second", "third")
+        service.process.kill()
+        service.process.wait()
+        os.kill(pid, signal.SIGCONT)
+        service.noted("first", "second", "third")
         until(lambda: not lives(pid), lambda: f"{pid} lives")
 
 
