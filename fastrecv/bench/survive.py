@@ -16,7 +16,7 @@ import numpy as np
 
 from fastrecv.bench import survive_account
 from fastrecv.bench.numbered import NumberedSource, udp_counters
-from fastrecv.bench.survive_account import Account, Step
+from fastrecv.bench.survive_account import Account, Readers, Step
 from fastrecv.bench.survive_baselines import Kind, Usual
 from fastrecv.bench.survive_churn import ACTIONS, Action, Due, Pace, Pattern, calm, drive, schedule
 from fastrecv.bench.survive_service import ADDRESS, PORT, namespace
@@ -50,7 +50,7 @@ class Run(NamedTuple):
 
     waited : the share of the time that the source waited for queues. done : what was done, how often. deaths : of
     workers, which may have had datagrams in their hands. misdirected : datagrams. unknown : how often nobody was seen
-    to have a sender between two changes. faults : what is wrong.
+    to have a sender between two changes. faults : what is wrong. readers : of `fastrecv run`.
     """
 
     title: str
@@ -63,6 +63,7 @@ class Run(NamedTuple):
     unknown: int
     steps: list[Step]
     faults: list[str]
+    readers: Readers = Readers(0, 0)
 
     @property
     def rate(self) -> float:
@@ -86,6 +87,7 @@ def supervised(
     with _folder() as folder, namespace() as space:
         pattern = Supervised(folder, plan.workers, plan.senders, plan.seed, spared)
         run = _measure(pattern, space, plan, plan.due() if due is None else due, rate, on_look)
+        run = run._replace(readers=pattern.service.readers())
     return run._replace(faults=faults(run))
 
 
@@ -135,6 +137,8 @@ def faults(run: Run) -> list[str]:
         f"{run.misdirected:,} datagrams came to a worker that did not have their sender": run.misdirected,
         f"{run.unknown:,} times nobody was seen to have a sender between two changes": run.unknown,
         f"{account.failed:,} datagrams failed": account.failed,
+        f"{run.readers.unexcused:,} datagrams were lost by workers that have not died": run.readers.unexcused,
+        f"{run.readers.backward:,} times a worker read on after its successor had begun": run.readers.backward,
         f"{account.in_hands:,} datagrams in the hands of {deaths} dead workers, whose batches are {BATCH}":
             not 0 <= account.killed <= account.in_hands <= BATCH * deaths,
         f"{account.recorded:,} datagrams recorded, of {account.taken:,} taken and {account.handled:,} handled":

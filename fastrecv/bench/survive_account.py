@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LATE", "Account", "Owners", "Step", "account", "misdirected", "moved", "owners", "repeated", "steps"]
+__all__ = ["LATE", "Account", "Owners", "Readers", "Step", "account", "misdirected", "moved", "owners", "readers",
+           "repeated", "steps"]  # fmt: skip
 
 Owners = NDArray[np.int64]
 """The slot of every sender; -1 where it is not known. (senders,)"""
@@ -61,6 +62,15 @@ class Step(NamedTuple):
     after: int
     moved: int
     ideal: float
+
+
+class Readers(NamedTuple):
+    """What is wrong with who has read what. unexcused : datagrams that nobody has recorded, though nobody has died in
+    whose hands they could have been. backward : how often a worker has recorded what was sent after its successor's.
+    """
+
+    unexcused: int
+    backward: int
 
 
 def account(
@@ -118,6 +128,29 @@ def misdirected(rows: NDArray[np.void], slots: NDArray[np.int64], phases: Sequen
             right |= late
         wrong += int(np.count_nonzero(~right))
     return wrong
+
+
+def readers(
+    rows: NDArray[np.void], by: NDArray[np.int64], slots: NDArray[np.int64], died: NDArray[np.bool_]
+) -> Readers:  # fmt: skip
+    """Whether the workers of each slot have read one after the other, and lost nothing but by dying.
+
+    by : whose each row is: workers are numbered as they have begun to read. slots, died : of each worker. A queue keeps
+    the order, so what is missing between two datagrams of a sender at one slot was in the hands of who recorded the
+    first, or of one who came before who recorded the second: one of them has died.
+    """
+    before = np.zeros(len(slots), np.int64)  # how many of its slot had died when it began
+    for slot in np.unique(slots):
+        here = slots == slot
+        before[here] = np.cumsum(died[here]) - died[here]
+    order = np.lexsort((rows["number"], rows["sender"]))
+    sender, number, worker = rows["sender"][order], rows["number"][order].astype(np.int64), by[order]
+    at_one = (sender[1:] == sender[:-1]) & (slots[worker[1:]] == slots[worker[:-1]])
+    missing = np.maximum(np.diff(number) - 1, 0)
+    return Readers(
+        int(missing[at_one & (before[worker[1:]] <= before[worker[:-1]])].sum()),
+        int(np.count_nonzero(at_one & (worker[1:] < worker[:-1]))),
+    )
 
 
 def _is(owner: Owners, slots: NDArray[np.int64]) -> NDArray[np.bool_]:

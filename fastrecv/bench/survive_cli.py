@@ -66,9 +66,9 @@ def command(
     """Kill, restart, resize and hang the workers of `fastrecv run` under a flood, and account for every datagram.
 
     One process sends numbered datagrams as fast as it can, and waits where a queue might become full. Exit code 1 where
-    a datagram was lost with a queue, dropped, recorded twice, or came to a wrong worker, where more than one batch a
-    dead worker is missing, or where a resize moved more senders than it had to. All of it in a private network
-    namespace.
+    a datagram was lost with a queue or by a worker that has not died, dropped, recorded twice, or came to a wrong
+    worker, where more than one batch a dead worker is missing, where two workers read one queue, or where a resize
+    moved more senders than it had to. All of it in a private network namespace.
     """
     for name in ("network namespaces", "the balancer's program"):
         features.check(name)

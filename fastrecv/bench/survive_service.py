@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pyroute2 import IPRoute
 
+from fastrecv.bench import survive_account
 from fastrecv.bench.numbered import NUMBERED
+from fastrecv.bench.survive_account import Readers
 from fastrecv.bench.survive_recorder import ROWS
 from fastrecv.netns import Namespace
 from fastrecv.workers.counters import NAME, ROW, STATES
@@ -30,6 +32,7 @@ __all__ = ["ADDRESS", "PORT", "READS", "Service", "Totals", "namespace", "rows_o
 ADDRESS, PORT = "127.0.0.1", 2055
 _PATIENCE = 20.0  # seconds: a busy machine starts interpreters slowly
 READS = re.compile(r"worker (\d+) \[(\d+)\] reads")
+_DIED = re.compile(r"worker \d+ \[(\d+)\] has died")
 _STOPPED = re.compile(r"stopped: (\d+) datagrams received, (\d+) handled, (\d+) failed, (\d+) in")
 
 
@@ -155,6 +158,16 @@ class Service:
         rows = np.concatenate([np.zeros(0, NUMBERED), *(rows for rows, _ in found)])
         by = np.concatenate([np.zeros(0, np.int64), *(np.full(len(rows), slot) for rows, slot in found)])
         return rows, by
+
+    def readers(self) -> Readers:
+        """Whether all have read one after the other, of a service that has stopped."""
+        slots, found, died = self.slots(), self.by_process(), {int(pid) for pid in _DIED.findall(self.log)}
+        numbers = {pid: number for number, pid in enumerate(slots)}
+        by = [np.full(len(rows), numbers[pid]) for pid, rows in found.items() if len(rows)]
+        return survive_account.readers(
+            np.concatenate([np.zeros(0, NUMBERED), *found.values()]), np.concatenate([np.zeros(0, np.int64), *by]),
+            np.array(list(slots.values())), np.array([pid in died for pid in slots]),
+        )  # fmt: skip
 
     def __enter__(self) -> Self:
         return self

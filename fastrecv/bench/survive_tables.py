@@ -63,4 +63,9 @@ def record(run: Run) -> dict[str, Any]:
     account = run.account._asdict() | {
         "dropped": run.account.dropped, "destroyed": run.account.destroyed, "in_hands": run.account.in_hands,
     }  # fmt: skip
-    return run._asdict() | {"account": account, "steps": [step._asdict() for step in run.steps], "rate": run.rate}
+    return run._asdict() | {
+        "account": account,
+        "readers": run.readers._asdict(),
+        "steps": [step._asdict() for step in run.steps],
+        "rate": run.rate,
+    }

@@ -131,12 +131,17 @@ class Row:
     def stop(self) -> None:
         self._words[_STATE] = STATES.index("stopped")
 
-    def settle(self) -> int:
-        """After a death: how many datagrams the worker had in its hands, as far as it had counted them."""
+    @property
+    def in_hands(self) -> int:
+        """How many datagrams the worker has received and neither handled nor lost, as far as it has counted them."""
         words = self._words
-        lost = max(0, words[_DATAGRAMS] - words[_HANDLED] - words[_FAILED] - words[_KILLED])
-        words[_KILLED] += lost
-        words[_STATE] = STATES.index("idle")
+        return max(0, words[_DATAGRAMS] - words[_HANDLED] - words[_FAILED] - words[_KILLED])
+
+    def settle(self) -> int:
+        """After a death: how many datagrams the worker had in its hands."""
+        lost = self.in_hands
+        self._words[_KILLED] += lost
+        self._words[_STATE] = STATES.index("idle")
         return lost
 
     def died(self) -> None:

@@ -135,7 +135,7 @@ class Fleet:
     @property
     def unread(self) -> list[int]:
         """Slots whose queues end with this process, and have not been read to their end."""
-        return [slot.number for slot in self.slots if slot.own and not slot.drained and slot.waits]
+        return [slot.number for slot in self.slots if slot.unread]
 
     # What happens
 
@@ -266,11 +266,11 @@ class Fleet:
         self._log.error("%s", why)
 
     def _remove(self, slot: Slot) -> None:
+        said, how = (self._log.error, ", with its queue unread") if slot.unread else (self._log.info, "")
         slot.row.closed(drops(slot.sock))
         slot.close()
         self.slots.remove(slot)
-        said = self._log.info if slot.drained else self._log.error
-        said("worker %d has left%s", slot.number, "" if slot.drained else ", with its queue unread")
+        said("worker %d has left%s", slot.number, how)
 
     def _sharers(self, but: Slot | None = None) -> set[int]:
         """The slots that are to have senders. but : this one is not."""

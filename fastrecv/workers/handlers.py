@@ -16,6 +16,7 @@ the graceful timeout. The sockets may be closed, but not shut down: the supervis
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import inspect
 import sys
@@ -54,9 +55,15 @@ class Handler:
 
 
 async def called(function: Callable[..., Any] | None, *arguments: object) -> Any:
-    """What a function returns that may be async, or not be there."""
+    """What a function returns that may be async, or not be there. RuntimeError where it awaits what is cancelled."""
     result = None if function is None else function(*arguments)
-    return await result if isinstance(result, Awaitable) else result
+    try:
+        return await result if isinstance(result, Awaitable) else result
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise RuntimeError("it has awaited what was cancelled") from error  # an error as others are, not our own end
 
 
 def load(name: str) -> Handler:

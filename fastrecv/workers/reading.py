@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import threading
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from fastrecv._recv import Batch
 from fastrecv.receiver import Receiver
 from fastrecv.steerable import described
+from fastrecv.workers import snapshots
 from fastrecv.workers.counters import Counters, Row
 from fastrecv.workers.handlers import Handler, HandlerError, called, in_one_line
 from fastrecv.workers.logs import Limited
@@ -52,6 +54,13 @@ class Reading:
             raise HandlerError(
                 f"{task.settings.handler!r} takes batches of datagrams, and {described(sock)} has connections: give it "
                 "serve(sockets), a loop that accepts them"
+            )
+
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if handler.stateful and most != resource.RLIM_INFINITY and most < snapshots.SIZE:
+            raise HandlerError(
+                f"{task.settings.handler!r} has snapshot(), which limit fsize {most} forbids: give {snapshots.SIZE} "
+                "at least"
             )
 
     def run(self) -> None:

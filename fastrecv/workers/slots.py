@@ -115,6 +115,11 @@ class Slot:
         return self.sock.type != socket.SOCK_DGRAM or memory(self.sock).queued > 0
 
     @property
+    def unread(self) -> bool:
+        """Whether what waits in its socket ends with it. That it was read to its end is believed of listeners alone."""
+        return self.own and self.waits and not (self.drained and self.sock.type != socket.SOCK_DGRAM)
+
+    @property
     def finished(self) -> bool:
         """Whether a slot that leaves has nobody and nothing left."""
         return self.leaving and (self.drained or self.given_up) and not self.processes
@@ -217,8 +222,8 @@ class Slot:
                 self._died(process)
             if missed:
                 self._plan(process)
-        elif process.told is not None and process.status in _WELL:  # a loop of its own may end before it can say so
-            self._stopped(process)
+        elif process.told is not None and process.status in _WELL and not self.row.in_hands:
+            self._stopped(process)  # a loop of its own may end before it can say so
         else:
             self.reader = None
             self._died(process)

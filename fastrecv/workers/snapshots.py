@@ -13,12 +13,14 @@ from errno import EIO
 
 from fastrecv.workers.counters import Row
 
-__all__ = ["LONGEST", "NAME", "Snapshots", "begun"]
+__all__ = ["LONGEST", "NAME", "SIZE", "Snapshots", "begun"]
 
 NAME = "fastrecv-snapshots"
 """Of the memfd, as /proc/PID/fd shows it."""
 LONGEST = 1 << 30
 """Bytes of a snapshot at most: the second area begins here."""
+SIZE = 2 * LONGEST
+"""Bytes of a memfd at most; RLIMIT_FSIZE counts the place, not what is there."""
 
 
 def begun(row: Row) -> int:

@@ -5,6 +5,7 @@ It becomes who it shall be and gives every capability up before it imports the s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -33,6 +34,8 @@ def main(fd: int) -> int:
     """Work until told to stop; the exit code."""
     with socket.socket(fileno=fd) as sock:
         task = msgspec.json.decode(sock.recv(LONGEST), type=Task)
+        for inherited in (fd, task.counters, task.socket, task.snapshots):  # not by what the service's code executes
+            os.set_inheritable(inherited, False)
         for number in (signal.SIGINT, signal.SIGTERM):  # the supervisor says when; what is executed has its own way
             signal.signal(number, _ignore)
         orders = Orders(sock, lambda: _forsaken(task))
@@ -62,7 +65,8 @@ def _forsaken(task: Task) -> bool:
     if task.own:
         with socket.socket(fileno=os.dup(task.socket)) as sock:
             if sock.type == socket.SOCK_DGRAM:  # on a listener it takes CAP_NET_ADMIN
-                drop_everything(sock)
+                with contextlib.suppress(PermissionError):  # its filters are locked: then until the time is over
+                    drop_everything(sock)
     return task.own
 
 

@@ -73,6 +73,15 @@ def test_a_handler_that_cannot_be(handler: str, message: str, folder: Path) -> N
         sock.bind((ADDRESS, PORT))  # nobody has it any more
 
 
+def test_a_limit_under_which_no_state_can_be_kept(folder: Path) -> None:
+    (folder / "keeps.py").write_text(
+        "class Keeps:\n    def handle(self, batch): pass\n"
+        "    def snapshot(self): return b''\n    def restore(self, data): pass\n"
+    )
+    message = refused(Service(folder, "keeps:Keeps", "--limit", "fsize=1G"))
+    assert message == "'keeps:Keeps' has snapshot(), which limit fsize 1073741824 forbids: give 2147483648 at least"
+
+
 def test_a_port_in_use(folder: Path) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind((ADDRESS, PORT))

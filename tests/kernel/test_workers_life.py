@@ -35,6 +35,16 @@ import os, signal, sys
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 os.execv(sys.argv[1], sys.argv[1:])
 """
+LOCKS = """
+import socket
+def locks(batch):
+    for fd in os.listdir("/proc/self/fd"):
+        if os.path.exists(f"/proc/self/fd/{fd}") and os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+            with socket.socket(fileno=os.dup(int(fd))) as sock:
+                if sock.type == socket.SOCK_DGRAM:
+                    sock.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
+    handle(batch)
+"""
 
 
 @pytest.fixture
@@ -83,6 +93,20 @@ def test_nothing_of_the_current_folder_is_imported_before_privileges_are_given_u
         service.noted("found")
         assert service.stop() == 0
     assert not (folder / "intruded").exists()
+
+
+def test_what_a_handler_executes_has_nothing_of_the_service(folder: Path) -> None:
+    """It would keep the socket alive, and take datagrams with it, when the service is long over."""
+    command = f"ls -l /proc/self/fd >{folder}/fds"
+    (folder / "shell.py").write_text(f"import os\ndef handle(batch):\n    os.system({command!r})\n")
+    with Service(folder, "shell:handle") as service:
+        service.begun(1)
+        say("datagram")
+        assert service.stop() == 0
+        held = (folder / "fds").read_text()
+        assert "/log" in held
+        assert "socket:" not in held
+        assert "memfd:" not in held
 
 
 def test_a_handler_may_not_load_bpf_even_as_root(folder: Path) -> None:
@@ -171,6 +195,35 @@ def test_told_to_stop_the_queue_is_read_to_its_end(folder: Path) -> None:
             say(*["datagram"] * 5, source=f"127.2.0.{sender}")
         assert service.stop() == 0
         assert "100 datagrams received, 100 handled, 0 failed, 0 in the hands" in service.log
+
+
+@pytest.mark.parametrize("way", ["sys.exit()", "os._exit(0)"])
+def test_a_handler_that_exits_well_while_its_queue_is_read_to_the_end_has_died_and_the_queue_waits(
+    way: str, folder: Path
+) -> None:
+    with (folder / "app.py").open("a") as file:
+        file.write(f"\nimport sys\ndef leave(batch):\n    handle(batch) if batch[0] != b'leave' else {way}\n")
+    with Service(folder, "app:leave", "--batch-size", 1) as service:
+        service.begun(1)
+        (pid,) = service.pids(1)
+        os.kill(pid, signal.SIGSTOP)
+        say("leave", *map(str, range(5)))
+        service.send(signal.SIGTERM)
+        service.says("SIGTERM")
+        os.kill(pid, signal.SIGCONT)
+        assert service.process.wait(10) == 0
+        assert [text for _, text in service.notes()] == list(map(str, range(5)))
+        assert service.totals() == (6, 5, 0, 1)
+        service.says(r"has died, exit code 0, with 1 datagrams in its hands")
+
+
+def test_a_queue_that_a_loop_of_its_own_leaves_unread_is_lost_and_said(folder: Path) -> None:
+    (folder / "app.py").write_text("import time\ndef serve(sockets):\n    time.sleep(1000)\n")
+    with Service(folder, "app:serve") as service:
+        service.begun(1)
+        say("a")
+        assert service.stop() == 1
+        service.says("unread queues of workers \\[0\\] are lost")
 
 
 def test_what_is_not_read_in_time_is_lost_and_said(folder: Path) -> None:
@@ -320,6 +373,23 @@ def test_workers_of_a_supervisor_that_is_killed_read_their_queues_to_the_end(fol
         service.process.wait()
         os.kill(pid, signal.SIGCONT)
         service.noted(*texts)
+        until(lambda: not lives(pid), lambda: f"{pid} lives")
+
+
+def test_locked_filters_keep_no_worker_of_a_supervisor_that_is_killed_from_its_queue(folder: Path) -> None:
+    with (folder / "app.py").open("a") as file:
+        file.write(LOCKS)
+    with Service(folder, "app:locks", "--batch-size", 1, "--graceful-timeout", 1) as service:
+        service.begun(1)
+        say("first")
+        service.noted("first")
+        (pid,) = service.pids(1)
+        os.kill(pid, signal.SIGSTOP)
+        say("second", "third")
+        service.process.kill()
+        service.process.wait()
+        os.kill(pid, signal.SIGCONT)
+        service.noted("first", "second", "third")
         until(lambda: not lives(pid), lambda: f"{pid} lives")
 
 

@@ -154,6 +154,34 @@ def test_a_schedule_is_the_seeds_and_has_each_action_as_often_as_it_says() -> No
     assert len(schedule(["hang", "kill"], 2, 3)) == 3
 
 
+def test_what_is_missing_is_excused_by_a_death_between_the_two_who_have_what_was_around_it() -> None:
+    """Workers 0, 1 and 3 have slot 0, worker 2 has slot 1; two senders."""
+    rows = np.zeros(20, NUMBERED)
+    rows["sender"], rows["number"] = np.divmod(np.arange(20), 10)
+    slots = np.array([0, 0, 1, 0])
+    by = np.where(rows["sender"] == 1, 2, np.where(rows["number"] < 5, 0, 3))
+
+    def told(missing: list[int], *died: int, by: NDArray[np.int64] = by) -> survive_account.Readers:
+        kept = ~np.isin(np.arange(20), missing)
+        return survive_account.readers(rows[kept], by[kept], slots, np.isin(np.arange(4), died))
+
+    assert told([]) == (0, 0)
+    assert told([4, 5]) == told([4, 5], 2) == told([4, 5], 3) == (2, 0)
+    assert told([4, 5], 0) == told([4, 5], 1) == (0, 0)  # by worker 1 nothing else is known
+    assert told([2], 0) == told([15], 2) == (1, 0)
+    mixed = by.copy()
+    mixed[6] = 0
+    assert told([], 0, by=mixed) == (0, 1)
+
+
+def test_what_workers_lose_that_live_and_two_who_read_are_faults() -> None:
+    run = Run("a story", 1.0, 0.0, {}, 0, survive_account.Account(*[0] * 10), 0, 0, [], [])
+    assert survive.faults(run._replace(readers=survive_account.Readers(2, 3))) == [
+        "2 datagrams were lost by workers that have not died",
+        "3 times a worker read on after its successor had begun",
+    ]
+
+
 @pytest.mark.parametrize("names", ["kill,sleep", "kill,kill", ""])
 def test_wrong_actions_are_refused_in_a_line(names: str) -> None:
     result = CliRunner().invoke(survive_cli.command, ["--actions", names])

@@ -285,3 +285,23 @@ def test_what_is_no_handler(name: str, message: str, module: str) -> None:
     assert said.startswith(repr(name.format(module))[:-1])
     assert message in said
     assert "\n" not in said
+
+
+def test_what_was_cancelled_is_an_exception_as_others_are_to_who_awaits_it() -> None:
+    """A CancelledError, which is no Exception, would end the worker."""
+
+    async def handle() -> None:
+        task = asyncio.ensure_future(asyncio.sleep(10))
+        asyncio.get_running_loop().call_soon(task.cancel)
+        await task
+
+    with pytest.raises(RuntimeError, match="it has awaited what was cancelled"):
+        asyncio.run(called(handle))
+
+    async def cancelled() -> None:
+        task = asyncio.ensure_future(called(asyncio.sleep, 10))
+        asyncio.get_running_loop().call_soon(task.cancel)
+        await task
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(cancelled())
