@@ -25,7 +25,13 @@ def main() -> int:
         if os.environ.items() >= _ALONE.items():
             raise
         # numpy has started threads for its linear algebra, which would keep every capability: over again, without.
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | _ALONE)  # noqa: S606
+        try:
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | _ALONE)  # noqa: S606
+        except OSError as error:
+            variables = " ".join(f"{name}={value}" for name, value in _ALONE.items())
+            print(f"fastrecv: {sys.executable}: {error.strerror}; set {variables}, or let this user execute it",
+                  file=sys.stderr)  # fmt: skip
+            return 77
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ __all__ = [
     "is_privileged_port",
     "keep_only",
     "refuse_threads",
+    "tell_parents_death",
 ]
 
 # include/uapi/linux/capability.h
@@ -30,7 +31,8 @@ CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_BPF =
 CAP_SYS_NICE, CAP_SYS_RESOURCE = 23, 24
 _VERSION_3 = 0x20080522  # the same
 # include/uapi/linux/prctl.h
-_PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 2, 4
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 2, 4
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -57,6 +59,14 @@ def keep_only(*capabilities: int, inherited: bool = False) -> None:
     for number in capabilities:
         if ambient & 1 << number:
             _checked("prctl", _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, number, 0, 0))
+
+
+def tell_parents_death(number: int) -> None:
+    """Get a signal when the parent's thread that began this process has ended (PR_SET_PDEATHSIG, prctl(2)).
+
+    To become another user or to give capabilities up afterwards would undo it.
+    """
+    _checked("prctl", _libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0))
 
 
 def has(capability: int) -> bool:

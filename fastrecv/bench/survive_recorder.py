@@ -22,6 +22,9 @@ HANG = "hang"
 ROWS = ".rows"
 
 
+_DWELL = 0.001  # seconds with each batch, so that who is killed mostly has one in his hands
+
+
 class Recorder:
     """Needs no privilege."""
 
@@ -35,6 +38,7 @@ class Recorder:
         try:
             os.unlink(self._hang)  # noqa: PTH108 - a call a batch is to cost little
         except FileNotFoundError:
+            time.sleep(_DWELL)
             os.write(self._fd, batch.records(NUMBERED).tobytes())
         else:
             while True:

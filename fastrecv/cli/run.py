@@ -22,10 +22,16 @@ def _by_default(name: str, text: str) -> str:
     return f"{text}  [default: {_DEFAULTS[name]}]"
 
 
+def _one(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> str | None:
+    if len(given) > 1:
+        raise click.BadParameter("one service has one address: run one for each")
+    return given[0] if given else None
+
+
 @click.command()
 @click.argument("handler", metavar="[PACKAGE.MODULE:NAME]", required=False)
 @click.option("-c", "--config", metavar="FILE", help=f"A TOML file of settings.  [default: {FILE}]")
-@click.option("-b", "--bind", metavar="[tcp:]ADDRESS:PORT",
+@click.option("-b", "--bind", metavar="[tcp:]ADDRESS:PORT", multiple=True, callback=_one,
               help="[ADDRESS]:PORT for IPv6; tcp: for connections.  [default: what systemd passes]")  # fmt: skip
 @click.option("-w", "--workers", type=click.IntRange(1, MAX_WORKERS),
               help="Each has a socket of its own.  [default: 1, or as many as systemd passes sockets]")  # fmt: skip
@@ -52,8 +58,8 @@ def _by_default(name: str, text: str) -> str:
 @click.option("--log-format", type=click.Choice(["text", "json"]), help=_by_default("log_format",
               "Of what is said on standard error: lines, or a JSON object a line."))  # fmt: skip
 @click.option("--control", metavar="PATH",
-              help="Socket for `fastrecv workers` and `fastrecv top`.  [default: PORT.sock in $RUNTIME_DIRECTORY, else "
-              "as root in /run/fastrecv, else in $XDG_RUNTIME_DIR/fastrecv]")  # fmt: skip
+              help="Socket for `fastrecv workers` and `fastrecv top`.  [default: PORT.sock, or tcp-PORT.sock, in "
+              "$RUNTIME_DIRECTORY, else as root in /run/fastrecv, else in $XDG_RUNTIME_DIR/fastrecv]")  # fmt: skip
 @click.option("--metrics", metavar="ADDRESS:PORT", help="Serve /metrics, /healthz, /readyz over HTTP.  [default: not]")
 @click.option("--check", is_flag=True, help="Print the settings that would hold, and where each comes from.")
 @output.json_option
@@ -92,7 +98,10 @@ def run(config: str | None, check: bool, as_json: bool, **options: Any) -> int:
     if check:
         _print(found, as_json)
         return 0
-    return supervisor.run()
+    try:
+        return supervisor.run()
+    except SettingError as error:
+        raise click.UsageError(found.explained(error)) from None
 
 
 def _print(found: Config, as_json: bool) -> None:

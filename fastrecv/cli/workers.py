@@ -13,7 +13,7 @@ import msgspec
 from fastrecv.cli import output
 from fastrecv.errors import StateError
 from fastrecv.workers import control
-from fastrecv.workers.requests import Request, Restart, Scale, Status, Stop, ask
+from fastrecv.workers.requests import End, Request, Restart, Scale, Status, Stop, answer, ask, asked
 from fastrecv.workers.settings import MAX_WORKERS
 from fastrecv.workers.status import Service, Worker
 
@@ -161,18 +161,22 @@ def scale(given: Path | None, count: int) -> None:
 @click.option("--now", is_flag=True, help="Without reading the queues to their end.")
 @click.pass_obj
 def stop(given: Path | None, now: bool) -> None:
-    """Stop the flow, read the queues to their end, and end."""
+    """Stop the flow, read the queues to their end, and end. Exit code 1 where one was not read in time."""
     path = the_service(given)
 
-    service: Service | None = ask(path, Stop(now=now))
-    said = ""
-    while service is not None:
-        busy = sum(worker.pid is not None for worker in service.workers)
-        said = _progress(f"{busy} of {counted(len(service.workers))} to stop", said)
-        try:
-            service = ask(path, Status())
-        except StateError:
-            service = None
+    with asked(path, End()) as waiting:
+        service: Service | None = ask(path, Stop(now=now))
+        said = ""
+        while service is not None:
+            busy = sum(worker.pid is not None for worker in service.workers)
+            said = _progress(f"{busy} of {counted(len(service.workers))} to stop", said)
+            try:
+                service = ask(path, Status())
+            except StateError:
+                service = None
+        failure = answer(waiting, path).failure
+    if failure is not None:
+        raise StateError(failure)
     click.echo("stopped")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import time
@@ -44,15 +45,15 @@ def folders(environment: Mapping[str, str] = os.environ) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def default_path(port: int, environment: Mapping[str, str] = os.environ) -> Path | None:
-    """The path for a service on this port, in a folder that is there now; None where there can be none."""
+def default_path(name: str, environment: Mapping[str, str] = os.environ) -> Path | None:
+    """The path for a service of this name, in a folder that is there now; None where there can be none."""
     for folder in folders(environment):
         if folder == _SYSTEM and os.geteuid() != 0:
             continue
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700 if folder != _SYSTEM else 0o755, exist_ok=True)
             if os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
-                return folder / f"{port}{SUFFIX}"
+                return folder / f"{name}{SUFFIX}"
     return None
 
 
@@ -84,13 +85,17 @@ def listener(path: Path) -> socket.socket:
 class Control(Closing):
     """Serves a `listener`, which it closes, in the loop of others, who poll `watched`.
 
-    answer : called with a request, gives the answer. Only root, and who runs the service, are answered.
+    answer : called with a request, gives the answer; None: it is given at the end. ended : that answer. Only root, and
+    who runs the service, are answered.
     """
 
-    def __init__(self, sock: socket.socket, answer: Callable[[bytes], bytes], log: logging.Logger) -> None:
-        self._sock, self._answer, self._log = sock, answer, log
+    def __init__(
+        self, sock: socket.socket, answer: Callable[[bytes], bytes | None], ended: Callable[[], bytes],
+        log: logging.Logger,
+    ) -> None:  # fmt: skip
+        self._sock, self._answer, self._ended, self._log = sock, answer, ended, log
         self._owned = path_of(sock)
-        self._clients: dict[socket.socket, float] = {}  # with the time until when each is waited for
+        self._clients: dict[socket.socket, float] = {}  # and until when each is waited for; inf: it waits
         self._rest_until = 0.0
 
     def fileno(self) -> int:
@@ -126,8 +131,12 @@ class Control(Closing):
     def _heard(self, client: socket.socket) -> None:
         try:
             request = client.recv(_LONGEST_REQUEST + 1)
-            if request:
-                client.send(self._answer(request))
+            answer = self._answer(request) if request and self._clients[client] < math.inf else b""
+            if answer is None:
+                self._clients[client] = math.inf
+                return
+            if answer:
+                client.send(answer)
         except OSError:  # it has gone, or does not read
             pass
         self._hang_up(client)
@@ -138,7 +147,10 @@ class Control(Closing):
 
     def close(self) -> None:
         """Hang up on all, and remove the file, unless it is another's by now."""
-        for client in list(self._clients):
+        for client, until in list(self._clients.items()):
+            if until == math.inf:
+                with contextlib.suppress(OSError):
+                    client.send(self._ended())
             self._hang_up(client)
         if self._sock.fileno() >= 0:
             with contextlib.suppress(PermissionError):  # in another's folder; who serves next removes it

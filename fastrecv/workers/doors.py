@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastrecv.closing import Closing
 from fastrecv.workers import control
-from fastrecv.workers.requests import Controlled, answered
+from fastrecv.workers.requests import Controlled, answered, ended
 from fastrecv.workers.settings import Settings, parsed
 from fastrecv.workers.succession import Record
 
@@ -21,19 +21,20 @@ __all__ = ["Doors"]
 class Doors(Closing):
     """Opened when this returns: OSErrors say why they cannot be. No thread runs until `begin`.
 
-    service : what is asked, in the loop that polls `watched`. port : the service's, of which the control socket has its
-    name unless the settings give another. before : of a service that goes on: with the control socket that it has, if
+    service : what is asked, in the loop that polls `watched`. name : of the control socket in its folder,
+    unless the settings give a path. before : of a service that goes on: with the control socket that it has, if
     need be without an HTTP endpoint.
     """
 
     def __init__(
-        self, settings: Settings, port: int, service: Controlled, log: logging.Logger, before: Record | None
+        self, settings: Settings, name: str, service: Controlled, log: logging.Logger, before: Record | None
     ) -> None:
         with contextlib.ExitStack() as stack:
             self._control: control.Control | None = None
-            listener = _listener(settings, port, log) if before is None else _inherited(before)
+            listener = _listener(settings, name, log) if before is None else _inherited(before)
             if listener is not None:
-                self._control = stack.enter_context(control.Control(listener, partial(answered, service=service), log))
+                answers = partial(answered, service=service), partial(ended, service)
+                self._control = stack.enter_context(control.Control(listener, *answers, log))
             self._endpoint = None
             if settings.metrics is not None:
                 from fastrecv.workers.metrics import Endpoint  # noqa: PLC0415 - workers import this, and serve no HTTP
@@ -73,8 +74,8 @@ def _inherited(before: Record) -> socket.socket | None:
     return None if before.control is None else socket.socket(fileno=before.control)
 
 
-def _listener(settings: Settings, port: int, log: logging.Logger) -> socket.socket | None:
-    path = control.default_path(port) if settings.control is None else Path(settings.control)
+def _listener(settings: Settings, name: str, log: logging.Logger) -> socket.socket | None:
+    path = control.default_path(name) if settings.control is None else Path(settings.control)
     if path is None:
         log.warning("no control socket: there is no folder for one, give its path to have it")
         return None

@@ -68,9 +68,7 @@ async def called(function: Callable[..., Any] | None, *arguments: object) -> Any
 
 def load(name: str) -> Handler:
     """Import a handler and, where it is a class, make it. HandlerError."""
-    module, colon, attribute = name.partition(":")
-    if not (colon and module and attribute):
-        raise HandlerError(f"{name!r} names no handler: give package.module:name")
+    module, _, attribute = name.partition(":")
     found: Any = _imported(name, module)
     for part in attribute.split("."):
         try:
@@ -93,7 +91,7 @@ def _imported(name: str, module: str) -> object:
         if error.name is not None and f"{module}.".startswith(f"{error.name}."):
             raise HandlerError(f"{name!r}: there is no module {error.name!r} on {_path()}") from None
         raise HandlerError(f"{name!r} cannot be imported: {in_one_line(error)}") from error
-    except Exception as error:  # whatever the code of others raises
+    except (Exception, SystemExit) as error:  # whatever the code of others raises
         raise HandlerError(f"{name!r} cannot be imported: {in_one_line(error)}") from error
 
 
@@ -115,11 +113,12 @@ def in_one_line(error: BaseException) -> str:
 def _of_class(name: str, kind: type) -> Handler:
     try:
         made = kind()
-    except Exception as error:  # whatever the code of others raises
+    except (Exception, SystemExit) as error:  # whatever the code of others raises
         raise HandlerError(f"{name!r} cannot be made: {in_one_line(error)}") from error
     handle, serve = getattr(made, "handle", None), getattr(made, "serve", None)
     if callable(handle) == callable(serve):
-        raise HandlerError(f"{name!r} has {'both' if callable(handle) else 'neither'} handle and serve: give it one")
+        which = "both handle and serve" if callable(handle) else "neither handle nor serve"
+        raise HandlerError(f"{name!r} has {which}: give it one")
     start, stop = getattr(made, "start", None), getattr(made, "stop", None)
     snapshot, restore = getattr(made, "snapshot", None), getattr(made, "restore", None)
     if serve is not None:
@@ -140,6 +139,8 @@ def _of_class(name: str, kind: type) -> Handler:
 def _taking(name: str, function: Callable[..., Any], argument: str | None = None) -> Callable[..., Any]:
     """The function, which takes this argument and no other. HandlerError."""
     arguments = () if argument is None else (argument,)
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise HandlerError(f"{name!r} is a generator, whose code would never run: leave yield out")
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError:

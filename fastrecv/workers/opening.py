@@ -14,7 +14,7 @@ from fastrecv.errors import SocketRefusedError, StateError
 from fastrecv.listeners import from_systemd
 from fastrecv.sockets import grow_receive_buffer, open_datagram
 from fastrecv.steerable import described
-from fastrecv.workers.settings import Settings, is_tcp, parsed
+from fastrecv.workers.settings import SettingError, Settings, is_tcp, parsed
 
 __all__ = ["another", "inherited", "listen", "members"]
 
@@ -31,23 +31,31 @@ def inherited(environment: Mapping[str, str] = os.environ) -> list[socket.socket
             except OSError as error:
                 raise SocketRefusedError(f"descriptor {fd} ({name}) of systemd: {error.strerror}") from None
             os.set_inheritable(fd, False)
-            if found[-1].getsockname() != found[0].getsockname():
-                raise SocketRefusedError(
-                    f"systemd has passed {described(found[0])} and {described(found[-1])}: one service has one address"
-                )
+            _check(found[-1], found[0])
     except BaseException:
         _close(found)
         raise
     return found
 
 
+def _check(sock: socket.socket, first: socket.socket) -> None:
+    """SocketRefusedError where the two cannot be of one service."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or not sock.getsockname()[1]:
+        raise SocketRefusedError(f"systemd has passed {described(sock)}: give sockets bound to an address and a port")
+    if (sock.type, sock.getsockname()) != (first.type, first.getsockname()):
+        raise SocketRefusedError(
+            f"systemd has passed {described(first)} and {described(sock)}: one service has one address"
+        )
+
+
 def members(settings: Settings, passed: list[socket.socket]) -> list[socket.socket]:
-    """As many sockets as the service has workers: those passed, and as many more as it takes. StateError.
+    """As many sockets as the service has workers: those passed, and as many more as it takes. SettingError, StateError.
 
     Privileged ports take CAP_NET_BIND_SERVICE. Those passed are the caller's to close where this fails.
     """
     if bool(passed) == (settings.bind is not None):
-        raise StateError("systemd has passed sockets: leave bind out" if passed else "no bind, and systemd passes none")
+        how = "systemd has passed sockets: leave it out" if passed else "give an address: systemd passes no sockets"
+        raise SettingError("bind", how)
     wanted = settings.workers or max(1, len(passed))
     if wanted < len(passed):
         raise StateError(f"systemd has passed {len(passed)} sockets, and each needs a worker: give as many, or none")

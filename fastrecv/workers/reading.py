@@ -44,7 +44,7 @@ class Reading:
     ) -> None:  # fmt: skip
         self._settings, self._slot, self._handler, self._sock = task.settings, task.slot, handler, sock
         self._counters, self._orders = counters, orders
-        self._errors, self._unkept = Limited(log), Limited(log)
+        self._log, self._errors, self._unkept = log, Limited(log), Limited(log)
         self._kept = task.snapshots
         self._idle = min(1.0, (task.settings.timeout or 3.0) / 3)  # seconds without a datagram until a sign of life
         self._looked = 0
@@ -82,6 +82,7 @@ class Reading:
                 elif self._handler.serve is not None:
                     with _Watch(self._row, self._orders, self._idle):
                         self._handler.serve([self._sock])
+                    self._serve_ended()
                 if not self._handler.stateful:
                     self._say_stopped()
         with self._ending():
@@ -104,6 +105,7 @@ class Reading:
                 else:
                     with _Watch(self._row, self._orders, self._idle):
                         await called(self._handler.serve, [self._sock])
+                    self._serve_ended()
                 if not self._handler.stateful:
                     self._say_stopped()
         with self._ending():
@@ -114,7 +116,7 @@ class Reading:
     def _beginning(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever the service's code raises
+        except (Exception, SystemExit) as error:  # whatever the service's code raises
             raise HandlerError(f"{self._settings.handler!r} cannot start: {in_one_line(error)}") from error
 
     def _receiver(self, stack: contextlib.ExitStack) -> Receiver | None:
@@ -138,6 +140,10 @@ class Reading:
         finally:
             if self._handler.stateful and self._orders.started:
                 self._say_stopped()
+
+    def _serve_ended(self) -> None:
+        if not (self._orders.stop or self._orders.drain):
+            self._log.error("serve() has returned, though nobody has told it to stop")
 
     def _say_stopped(self) -> None:
         self._row.stop()

@@ -78,6 +78,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     metrics: str | None = None
 
     def __post_init__(self) -> None:
+        if not all(part.isidentifier() for half in _halves(self.handler) for part in half.split(".")):
+            raise SettingError("handler", f"{self.handler!r} names no handler: give package.module:name")
         for name, address in (("bind", self.bind), ("metrics", self.metrics)):
             if address is not None:
                 _read(name, parsed, address)
@@ -119,6 +121,12 @@ class Task(msgspec.Struct, frozen=True):
     snapshots: int
     identity: Identity
     attributes: Attributes
+
+
+def _halves(handler: str) -> list[str]:
+    """Module and name; something that is neither where there are not two."""
+    halves = handler.split(":")
+    return halves if len(halves) == 2 else [""]
 
 
 def _within(name: str, value: int | None, low: int, high: int) -> None:

@@ -76,7 +76,7 @@ class Supervisor:
             else:
                 self._resume(before)
             stack.callback(self._close)
-            self._doors = stack.enter_context(Doors(self._settings, self._port, self, self._log, before))
+            self._doors = stack.enter_context(Doors(self._settings, self._name, self, self._log, before))
             privileges.keep_only(*self._kept(), inherited=True)
             self._doors.begin()
             self._report()
@@ -123,6 +123,12 @@ class Supervisor:
     def _port(self) -> int:
         port: int = self._fleet.slots[0].sock.getsockname()[1]
         return port
+
+    @property
+    def _name(self) -> str:
+        """What tells the service from others on this host."""
+        listens = self._fleet.slots[0].sock.type == socket.SOCK_STREAM
+        return f"tcp-{self._port}" if listens else str(self._port)
 
     @property
     def _address(self) -> str:
@@ -183,6 +189,7 @@ class Supervisor:
     def _result(self) -> int:
         self._manager.stopping()
         self._fleet.kill()
+        self._fleet.failure = None
         rows = self._counters.read()
         total = {name: int(rows[name].sum()) for name in ("datagrams", "handled", "failed", "killed")}
         self._log.info(
@@ -192,10 +199,12 @@ class Supervisor:
         if self._at_once:
             return 0
         if not self._fleet.stopping:
-            self._log.error("all workers were given up")
+            self._fleet.failure = "all workers were given up"
+            self._log.error("%s", self._fleet.failure)
             return 1
         if self._fleet.unread:
-            self._log.error("unread queues of workers %s are lost", self._fleet.unread)
+            self._fleet.failure = f"unread queues of workers {', '.join(map(str, self._fleet.unread))} are lost"
+            self._log.error("%s", self._fleet.failure)
             return 1
         return 0
 

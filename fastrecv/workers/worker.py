@@ -42,6 +42,7 @@ def main(fd: int) -> int:
         try:
             task.attributes.apply(task.slot)
             become(task.identity)
+            _watch_parent(task)
             sys.path.insert(0, str(Path.cwd()))
             _work(task, load(task.settings.handler), orders)
         except (HandlerError, OSError, privileges.OtherThreadsError) as error:
@@ -61,13 +62,29 @@ def _forsaken(task: Task) -> bool:
 
     Nothing more comes into it then. A queue of systemd's waits for who comes next.
     """
-    signal.setitimer(signal.ITIMER_REAL, task.settings.graceful_timeout or 1e-6)
+    _end_by(task)
+    log = logs.opened(task.settings.log_format, task.slot)
+    log.error("the supervisor is gone: %s", "the queue is read to its end" if task.own else "the queue is systemd's")
     if task.own:
         with socket.socket(fileno=os.dup(task.socket)) as sock:
             if sock.type == socket.SOCK_DGRAM:  # on a listener it takes CAP_NET_ADMIN
                 with contextlib.suppress(PermissionError):  # its filters are locked: then until the time is over
                     drop_everything(sock)
     return task.own
+
+
+def _end_by(task: Task) -> None:
+    """From now on a worker has as long as it may have to stop."""
+    signal.setitimer(signal.ITIMER_REAL, task.settings.graceful_timeout or 1e-6)
+
+
+def _watch_parent(task: Task) -> None:
+    """So that a handler that hangs does not outlive a supervisor that was killed.
+
+    What hangs in C, and lets no signal handler of Python's run, does.
+    """
+    signal.signal(signal.SIGRTMAX, lambda _number, _frame: _end_by(task))
+    privileges.tell_parents_death(signal.SIGRTMAX)
 
 
 def become(identity: Identity) -> None:

@@ -38,6 +38,8 @@ def folder(ns: Namespace, tmp_path: Path) -> Path:
         (["a:b", "-b", "127.0.0.1:53", "--policy", "sauce"], "policy 'sauce'"),
         (["a:b", "-b", "127.0.0.1:53", "--timeout", "-1"], "--timeout: -1.0 is out of range"),
         ([], "Missing argument"),
+        (["a:b", "-b", "127.0.0.1:53", "-b", "127.0.0.1:54"], "one service has one address: run one for each"),
+        (["a.b", "-b", "127.0.0.1:53"], "'a.b' names no handler: give package.module:name"),
     ],
 )
 def test_wrong_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,19 +107,30 @@ def test_missing_privileges(folder: Path) -> None:
 
 
 def test_sockets_that_do_not_fit(folder: Path) -> None:
-    assert refused(Service(folder, "app:handle", bind=None)) == "no bind, and systemd passes none"
+    def bind_is_wrong(service: Service) -> str:
+        with service:
+            assert service.process.wait(20) == 2
+        return service.log.splitlines()[-1]
+
+    assert "bind: give an address: systemd passes no sockets" in bind_is_wrong(Service(folder, "app:handle", bind=None))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as alone, socket.socket() as stream:
         alone.bind((ADDRESS, PORT))
         stream.bind((ADDRESS, PORT))
         stream.listen()
 
-        def activated(sock: socket.socket, *options: object, bind: str | None = None) -> str:
+        def service(sock: socket.socket, *options: object, bind: str | None = None) -> Service:
             before = (sys.executable, "-c", ACTIVATE, str(sock.fileno()))
-            return refused(Service(folder, "app:handle", *options, bind=bind, before=before, pass_fds=[sock.fileno()]))
+            return Service(folder, "app:handle", *options, bind=bind, before=before, pass_fds=[sock.fileno()])
+
+        def activated(sock: socket.socket, *options: object) -> str:
+            return refused(service(sock, *options))
 
         said = activated(alone, "-w", 2)
         assert said.startswith(f"udp {ADDRESS} port {PORT} has no other socket beside it, so one worker only")
-        assert activated(alone, bind=f"{ADDRESS}:53") == "systemd has passed sockets: leave bind out"
+        said = bind_is_wrong(service(alone, bind=f"{ADDRESS}:53"))
+        assert "systemd has passed sockets: leave it out" in said
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as nowhere:
+            assert activated(nowhere).endswith("give sockets bound to an address and a port")
         said = activated(stream)
         assert said == (
             f"'app:handle' takes batches of datagrams, and tcp {ADDRESS} port {PORT} has connections: give it "

@@ -197,7 +197,7 @@ for environment in (
     {{"RUNTIME_DIRECTORY": f"{{home}}/first:{{home}}/second", "XDG_RUNTIME_DIR": home}}, {{"XDG_RUNTIME_DIR": home}},
     {{"XDG_RUNTIME_DIR": "/nonexistent"}}, {{}},
 ):
-    print(default_path(53, environment))
+    print(default_path("53", environment))
 """
 
 
@@ -274,6 +274,18 @@ def said(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, 
     capsys.readouterr()
     code = run(["workers", *map(str, words)])
     return code, *capsys.readouterr()
+
+
+def test_stop_says_what_was_lost(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--batch-size", 1, "--graceful-timeout", 0.5, "--timeout", 0)
+    with Service(folder, "app:handle", *options) as service:
+        service.begun(1)
+        say("before", "hang", "after")
+        service.noted("before")
+        code, out, err = said(capsys, "stop")
+        assert (code, out) == (1, "")
+        assert err.splitlines()[-1] == "fastrecv: unread queues of workers 0 are lost"
+        assert service.process.wait(20) == 1
 
 
 def test_restart_scale_and_stop_come_back_when_it_is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

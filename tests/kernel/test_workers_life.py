@@ -393,6 +393,22 @@ def test_locked_filters_keep_no_worker_of_a_supervisor_that_is_killed_from_its_q
         until(lambda: not lives(pid), lambda: f"{pid} lives")
 
 
+def test_a_worker_that_hangs_does_not_outlive_a_supervisor_that_is_killed(folder: Path) -> None:
+    with Service(folder, "app:handle", "--graceful-timeout", 0.5) as service:
+        service.begun(1)
+        (pid,) = service.pids(1)
+        say("before", "hang")
+        service.noted("before")
+        service.process.kill()
+        until(lambda: not lives(pid), lambda: f"{pid} lives")
+
+
+def test_a_loop_of_its_own_that_ends_by_itself_says_so(folder: Path) -> None:
+    (folder / "short.py").write_text("def serve(sockets): pass\n")
+    with Service(folder, "short:serve") as service:
+        service.says(r"worker 0 \[\d+\]: serve\(\) has returned, though nobody has told it to stop")
+
+
 def test_senders_of_who_is_given_up_wait_where_that_is_asked_for(folder: Path) -> None:
     with Service(folder, "app:handle", "-w", 2, "--batch-size", 1, "--given-up", "wait") as service:
         service.begun(2)

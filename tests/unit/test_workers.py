@@ -40,6 +40,10 @@ from fastrecv.workers.settings import MAX_WORKERS, Settings, identity, is_tcp, p
         ({"bind": "tcp:53"}, "is no address"),
         ({"bind": "127.0.0.1:65536"}, "is no address"),
         ({"policy": "sauce"}, "policy 'sauce': give source"),
+        *(
+            ({"handler": name}, "names no handler: give package.module:name")
+            for name in ("", "a", "a:", ":b", "a:b()", "./a:b", "a:b:c", "a..b:c")
+        ),
         ({"workers": 0}, "workers: 0 is out of range: give 1 to 128"),
         ({"workers": 129}, "workers: 129 is out of range: give 1 to 128"),
         ({"batch_size": 1025}, "batch_size: 1025 is out of range: give 1 to 1,024"),
@@ -201,6 +205,10 @@ class Both:
     def handle(self, batch): pass
     def serve(self, sockets): pass
 class Neither: pass
+def yields(batch): yield
+async def yields_async(batch): yield
+class Ends:
+    def __init__(self): raise SystemExit("why")
 class Fails:
     def __init__(self): raise RuntimeError("not\\ntoday")
 class Outer:
@@ -257,8 +265,6 @@ def test_a_class_is_made_once_for_each_worker(module: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("{}", "names no handler: give package.module:name"),
-        (":handle", "names no handler"),
         ("no_such_module:handle", "there is no module 'no_such_module' on the path of"),
         ("{}.below:handle", "there is no module 'handlers_under_test.below'"),
         ("{}:absent", "handlers_under_test has no 'absent'"),
@@ -266,7 +272,10 @@ def test_a_class_is_made_once_for_each_worker(module: str) -> None:
         ("{}:nothing", "must take one argument, the batch"),
         ("{}:two", "must take one argument, the batch"),
         ("{}:Both", "has both handle and serve: give it one"),
-        ("{}:Neither", "has neither handle and serve"),
+        ("{}:Neither", "has neither handle nor serve"),
+        ("{}:yields", "is a generator, whose code would never run: leave yield out"),
+        ("{}:yields_async", "is a generator"),
+        ("{}:Ends", "cannot be made: SystemExit: why"),
         ("{}:Snapshot", "has snapshot and no restore: give it both, or neither"),
         ("{}:Restore", "has restore and no snapshot: give it both, or neither"),
         ("{}:Asking", ".snapshot' must take no argument"),
