@@ -223,7 +223,7 @@ def test_a_queue_that_a_loop_of_its_own_leaves_unread_is_lost_and_said(folder: P
         service.begun(1)
         say("a")
         assert service.stop() == 1
-        service.says("unread queues of workers \\[0\\] are lost")
+        service.says("unread queues of workers 0 are lost")
 
 
 def test_what_is_not_read_in_time_is_lost_and_said(folder: Path) -> None:
@@ -232,7 +232,7 @@ def test_what_is_not_read_in_time_is_lost_and_said(folder: Path) -> None:
         say(*["datagram"] * 100)
         pid = service.pids(1)[0]
         assert service.stop() == 1
-        assert "unread queues of workers [0] are lost" in service.log
+        assert "unread queues of workers 0 are lost" in service.log
         assert not Path(f"/proc/{pid}").exists()
 
 

@@ -58,7 +58,7 @@ from fastrecv.workers.settings import MAX_WORKERS, Settings, identity, is_tcp, p
 )
 def test_settings_that_cannot_be(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        Settings(handler="a:b", **wrong)
+        Settings(**{"handler": "a:b"} | wrong)
 
 
 def test_addresses_to_bind_to() -> None:
