@@ -46,6 +46,10 @@ class Manager:
         self._alive_at = self._status_at = 0.0
         self._status, self._before = "", (0.0, 0)
 
+    def resume(self, fleet: Fleet) -> None:
+        """Go on from what the program before this one has said."""
+        self._ready, self._reloading = fleet.begun, fleet.restarting > 0
+
     def reloading(self) -> None:
         """A rolling restart has been asked for; said each time, since the manager waits for its own."""
         if self._ready:

@@ -75,6 +75,7 @@ class Supervisor:
                 self._open(stack)
             else:
                 self._resume(before)
+                self._manager.resume(self._fleet)
             stack.callback(self._close)
             self._doors = stack.enter_context(Doors(self._settings, self._name, self, self._log, before))
             privileges.keep_only(*self._kept(), inherited=True)

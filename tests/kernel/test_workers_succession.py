@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -182,3 +183,27 @@ def test_a_capability_that_resizing_takes_is_kept_without_being_root(folder: Pat
         service.says("workers 0, 1 share")
         assert [int(status(pid)["CapPrm"], 16) for pid in service.pids(2)] == [0, 0]
         assert service.stop() == 0
+
+
+def test_a_reload_that_a_successor_is_asked_for_is_said_while_another_goes_on(folder: Path) -> None:
+    path = folder / "manager"
+    (folder / "late.py").write_text("import time\ntime.sleep(1.5)\nfrom app import handle\n")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(path))
+        manager.settimeout(10)
+
+        def heard(words: str) -> None:
+            while words not in manager.recv(4096).decode():
+                pass
+
+        with Service(folder, "late:handle", environment={"NOTIFY_SOCKET": str(path)}) as service:
+            heard("READY=1")
+            service.send(signal.SIGUSR2)
+            service.says("SIGUSR2")
+            service.send(signal.SIGHUP)
+            heard("RELOADING=1")
+            taken_over(service)
+            service.send(signal.SIGHUP)
+            heard("RELOADING=1")
+            heard("READY=1")
+            assert service.stop() == 0
