@@ -19,7 +19,7 @@ from fastrecv.options import FAMILIES, Features, Options, apply, columns_of, ref
 from fastrecv.replies import Buffer, Replier
 from fastrecv.sockets import Address
 
-__all__ = ["Receiver", "Statistics"]
+__all__ = ["Receiver", "Statistics", "destinations_of"]
 
 _MAX_ARENAS = 1 << 20
 _MAX_BUFFER = (1 << 30) - 1  # INT_MAX / 2: the kernel doubles it
@@ -182,7 +182,7 @@ class Receiver(Closing):
         its OSError is raised when that is the first. Runs of equal datagrams to one peer leave as one train
         (UDP_SEGMENT, Linux 4.18).
         """
-        to = _destinations(destinations)
+        to = destinations_of(destinations)
         fd, wake = self._reader.enter()
         try:
             sent, _, code = send(fd, payloads, to, timeout=timeout, wake=wake)
@@ -299,7 +299,7 @@ def _within(name: str, value: int, low: int, high: int) -> None:
         raise ValueError(f"{name} is {value!r}: give {low:,} to {high:,}")
 
 
-def _destinations(
+def destinations_of(
     given: NDArray[np.void] | np.void | Address | Sequence[Address] | None,
 ) -> NDArray[np.void] | list[bytes] | None:
     """What _recv.send takes: an array of ENDPOINT, a list of paths, or None."""

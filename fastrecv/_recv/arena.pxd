@@ -71,6 +71,8 @@ cdef inline void map4(uint8_t *address, const void *four) noexcept nogil:
 
 
 cdef Arena *arena_new(const Layout *layout, int64_t size) noexcept nogil
+cdef uint8_t *map_slots(int64_t size) noexcept nogil
+cdef void unmap_slots(uint8_t *at, int64_t size) noexcept nogil
 cdef Arena *arena_over(const Layout *layout, uint8_t *data, int64_t size) noexcept nogil
 cdef int64_t size_of(const Arena *arena) noexcept nogil
 cdef void pack(const Arena *arena, uint8_t *to, int64_t *bounds) noexcept nogil

@@ -76,6 +76,10 @@ cdef uint8_t *map_slots(int64_t size) noexcept nogil:
     return <uint8_t *>at
 
 
+cdef void unmap_slots(uint8_t *at, int64_t size) noexcept nogil:
+    munmap(at, <size_t>((size + _PAGE - 1) // _PAGE * _PAGE + _PAGE))
+
+
 cdef Arena *arena_new(const Layout *layout, int64_t size) noexcept nogil:
     """An arena of `size` bytes of data, its headers pointing at its slots; NULL without memory.
 
@@ -135,7 +139,7 @@ cdef void arena_free(Arena *arena) noexcept nogil:
     elif arena.layout.slots == 0:
         free(arena.data)
     elif arena.data != NULL:
-        munmap(arena.data, <size_t>((arena.size + _PAGE - 1) // _PAGE * _PAGE + _PAGE))
+        unmap_slots(arena.data, arena.size)
     free(arena.offsets)  # where the block of all columns begins
     free(arena.headers)
     free(arena.vectors)
