@@ -57,7 +57,8 @@ static inline __attribute__((always_inline)) __u32 frame_folded(__u32 sum)
 }
 
 /* RFC 6864 aside, the fields are those of RFC 791. The stack refuses what is SOURCE here, too, or asks its routes first. */
-static inline __attribute__((always_inline)) int frame_ip4(const __u8 *at, const __u8 *end, struct frame *frame)
+static inline __attribute__((always_inline)) int frame_ip4(const __u8 *at, const __u8 *end, __u32 size,
+							    struct frame *frame)
 {
 	__u32 sum = 0, total, i;
 
@@ -70,7 +71,7 @@ static inline __attribute__((always_inline)) int frame_ip4(const __u8 *at, const
 	if (at[0] != 0x45)
 		return OPTIONS;
 	total = frame_word(at + 2);
-	if (total < FRAME_IP4 + FRAME_UDP || at + total > end)
+	if (total < FRAME_IP4 + FRAME_UDP || total > size)
 		return LENGTH;
 #pragma GCC unroll 10
 	for (i = 0; i < FRAME_IP4; i += 2)
@@ -86,7 +87,8 @@ static inline __attribute__((always_inline)) int frame_ip4(const __u8 *at, const
 	return TAKEN;
 }
 
-static inline __attribute__((always_inline)) int frame_ip6(const __u8 *at, const __u8 *end, struct frame *frame)
+static inline __attribute__((always_inline)) int frame_ip6(const __u8 *at, const __u8 *end, __u32 size,
+							    struct frame *frame)
 {
 	__u64 source[2], destination[2];
 
@@ -103,7 +105,7 @@ static inline __attribute__((always_inline)) int frame_ip6(const __u8 *at, const
 		return OTHER_PROTOCOL;
 	}
 	frame->length = frame_word(at + 4);
-	if (frame->length < FRAME_UDP || at + FRAME_IP6 + frame->length > end)
+	if (frame->length < FRAME_UDP || (__u32)FRAME_IP6 + frame->length > size)
 		return LENGTH;
 	__builtin_memcpy(source, at + 8, 16);
 	__builtin_memcpy(destination, at + 24, 16);
@@ -116,8 +118,12 @@ static inline __attribute__((always_inline)) int frame_ip6(const __u8 *at, const
 	return TAKEN;
 }
 
-/* TAKEN, and everything in `frame` set and within [at, end); or why not. */
-static inline __attribute__((always_inline)) int frame_parse(const __u8 *at, const __u8 *end, struct frame *frame)
+/*
+ * TAKEN, and everything in `frame` set and within [at, end); or why not. size : of all that, since without CAP_PERFMON
+ * the verifier allows neither the difference of two pointers nor a pointer that moves by what a packet says.
+ */
+static inline __attribute__((always_inline)) int frame_parse(const __u8 *at, const __u8 *end, __u32 size,
+							      struct frame *frame)
 {
 	__u16 protocol;
 	int outcome;
@@ -126,6 +132,7 @@ static inline __attribute__((always_inline)) int frame_parse(const __u8 *at, con
 		return LENGTH;
 	protocol = frame_word(at + 12);
 	at += FRAME_ETHERNET;
+	size -= FRAME_ETHERNET;
 	frame->vlan = 0;
 	if (protocol == 0x8100) { /* ETH_P_8021Q, include/uapi/linux/if_ether.h */
 		if (at + FRAME_TAG > end)
@@ -133,6 +140,7 @@ static inline __attribute__((always_inline)) int frame_parse(const __u8 *at, con
 		frame->vlan = frame_word(at) & 0xfff;
 		protocol = frame_word(at + 2);
 		at += FRAME_TAG;
+		size -= FRAME_TAG;
 		if (protocol == 0x8100)
 			return NESTED_VLAN;
 	}
@@ -140,9 +148,9 @@ static inline __attribute__((always_inline)) int frame_parse(const __u8 *at, con
 		return NESTED_VLAN;
 	frame->network = at;
 	if (protocol == 0x0800)
-		outcome = frame_ip4(at, end, frame);
+		outcome = frame_ip4(at, end, size, frame);
 	else if (protocol == 0x86dd)
-		outcome = frame_ip6(at, end, frame);
+		outcome = frame_ip6(at, end, size, frame);
 	else
 		return OTHER_PROTOCOL;
 	if (outcome != TAKEN)

@@ -77,10 +77,10 @@ static __always_inline int is_for_device(const __u8 *ethernet)
 }
 
 /* Ports come first: what is not asked for should cost least. */
-static __always_inline int judged(const __u8 *data, const __u8 *end)
+static __always_inline int judged(const __u8 *data, const __u8 *end, __u32 size)
 {
 	struct frame frame;
-	int outcome = frame_parse(data, end, &frame);
+	int outcome = frame_parse(data, end, size, &frame);
 
 	if (outcome != TAKEN)
 		return outcome;
@@ -90,7 +90,7 @@ static __always_inline int judged(const __u8 *data, const __u8 *end)
 		return OTHER_HOST;
 	if (!is_asked_address(&frame))
 		return OTHER_ADDRESS;
-	if (data + capacity < end)
+	if (size > capacity)
 		return TOO_LONG;
 	return TAKEN;
 }
@@ -98,7 +98,8 @@ static __always_inline int judged(const __u8 *data, const __u8 *end)
 SEC("xdp")
 int redirect(struct xdp_md *ctx)
 {
-	int outcome = judged((void *)(long)ctx->data, (void *)(long)ctx->data_end), verdict = XDP_PASS;
+	__u32 size = bpf_xdp_get_buff_len(ctx);
+	int outcome = judged((void *)(long)ctx->data, (void *)(long)ctx->data_end, size), verdict = XDP_PASS;
 
 	if (outcome == TAKEN) {
 		/* A queue whose socket is gone, as after a SIGKILL, is the stack's again. */

@@ -7,7 +7,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Self, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from fastrecv.closing import Closing
 from fastrecv.options import FAMILIES, Features, Options, apply, columns_of, refuse_unknown, reports_errors
 from fastrecv.replies import Buffer, Replier
 from fastrecv.sockets import Address
+
+if TYPE_CHECKING:
+    from fastrecv.xdp import XdpReceiver
 
 __all__ = ["Receiver", "Statistics", "destinations_of"]
 
@@ -54,6 +57,8 @@ class Receiver(Closing):
     timestamps, hardware_timestamps, destinations, destination_ports, tos, drops, gro : fastrecv.options.Features;
         each is a bool, and off.
     """
+
+    reason = ""  # of Receiver.open
 
     def __init__(
         self,
@@ -137,6 +142,21 @@ class Receiver(Closing):
             made._path = sockets.path_of(sock)
         sock.close()  # the Receiver has its own descriptor
         return made
+
+    @staticmethod
+    def open(
+        address: Address, /, *, backend: str = "auto", interface: str | None = None, **options: Any
+    ) -> Receiver | XdpReceiver:
+        """A receiver of what is sent to (host, port): Receiver.bind(address), or a fastrecv.XdpReceiver.
+
+        backend : "socket", "xdp", or "auto": AF_XDP where the interface's driver, the privileges at hand and libxdp
+        allow it and the options do not speak against it, else the socket. `reason` of what is returned says why. Past a
+        firewall and rp_filter goes only the former. interface : its name; by default the one that has the host's
+        address. options : those of both, and those of the one that is meant; "auto" gives each its own.
+        """
+        from fastrecv.choosing import chosen  # noqa: PLC0415 - it knows both receivers
+
+        return chosen(address, backend, interface, options)
 
     def recv(self, timeout: float | None = None) -> Batch:
         """Receive what is queued, up to batch_size datagrams (trains, with GRO), with one recvmmsg(2).

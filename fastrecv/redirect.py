@@ -44,7 +44,7 @@ class Redirect(Closing):
     addresses : of the interface's, and of its VLANs' (802.1Q); all of them unless given. One that comes later counts
     from refresh() on. capacity : bytes of a frame at most; longer ones go on to the stack.
 
-    Loading takes CAP_BPF and CAP_NET_ADMIN. Linux 5.9. Nothing is taken before attach().
+    Loading takes CAP_BPF and CAP_NET_ADMIN. Linux 5.18 (bpf_xdp_get_buff_len). Nothing is taken before attach().
     """
 
     _link: Link | None = None

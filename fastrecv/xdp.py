@@ -66,7 +66,7 @@ class XdpReceiver(Closing):
     VLAN tags (ethtool: rx-vlan-offload) hides them from XDP: turn that off where VLANs must not be mixed.
 
     Threads may call recv at once. Takes CAP_NET_RAW for the sockets, CAP_BPF and CAP_NET_ADMIN for the program.
-    Linux 5.9.
+    Linux 5.18.
 
     Options of both, as keyword arguments
     -------------------------------------
@@ -88,6 +88,8 @@ class XdpReceiver(Closing):
     busy_poll, prefer_busy_poll, busy_poll_budget : fastrecv.sockets.busy_poll; each receive drives the card, Linux
     5.11.
     """
+
+    reason = ""  # of Receiver.open
 
     def __init__(
         self,

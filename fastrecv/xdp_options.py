@@ -95,6 +95,8 @@ def _opened_as(mode: str, redirect: Redirect, queues: list[int], options: XdpOpt
     frame_size, _ = capacity_of(interface, options)
     ring_size = options.get("ring_size", 2048)
     frames = options.get("frames", 2 * ring_size)
+    if (size := frames * len(queues) * frame_size) > _MAX_MEMORY:
+        raise ValueError(f"{size:,} bytes of frames are more than {_MAX_MEMORY:,}: give fewer frames, or queues")
     checksums = options.get("checksums", "partial" if interface.kind == "veth" else "verify")
     umem = Umem(
         interface.name, queues, frame_size=frame_size, frames=frames * len(queues), ring_size=ring_size,

@@ -1,7 +1,7 @@
 """The one door to AF_XDP; nothing else in fastrecv calls libxdp or works on its rings.
 
 Privileges: CAP_NET_RAW to open an AF_XDP socket, and what fastrecv.redirect takes to bring frames there. Linux 5.11 for
-busy polling, 5.4 for all else.
+busy polling, 5.9 for all else.
 """
 
 from fastrecv._xsk.answers import answer

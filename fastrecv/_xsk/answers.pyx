@@ -36,7 +36,7 @@ cdef int compose(const uint8_t *received, uint32_t prefix, uint8_t *to, uint32_t
     cdef uint16_t checksum
     cdef uint32_t length = FRAME_UDP + size
     memset(&parsed, 0, sizeof(parsed))
-    if frame_parse(received, received + prefix + 65535, &parsed) != TAKEN:  # the payload is there, as it was judged
+    if frame_parse(received, received + prefix + 65535, prefix + 65535, &parsed) != TAKEN:  # the payload is there, as it was judged
         return -1
     network = to + (parsed.network - received)
     transport = to + (parsed.transport - received)

@@ -172,7 +172,7 @@ cdef class Reader(Door):
         cdef int row = arena.rows
         cdef uint32_t interface
         memset(&parsed, 0, sizeof(parsed))
-        if address + length > <uint64_t>self.umem.size or frame_parse(at, at + length, &parsed) != TAKEN:
+        if address + length > <uint64_t>self.umem.size or frame_parse(at, at + length, length, &parsed) != TAKEN:
             return Row.UNREADABLE
         if self.checksums != TRUST_THEM and not checksum_right(&parsed, self.checksums == PARTIAL_TOO):
             return Row.BAD_CHECKSUM

@@ -8,6 +8,7 @@ The kernel has never more of a queue's frames than its ring of received ones hol
 """
 
 import os
+import time
 from collections import namedtuple
 
 from fastrecv.errors import XdpError
@@ -23,6 +24,9 @@ from libc.string cimport memset
 KernelStatistics = namedtuple(
     "KernelStatistics", "dropped invalid_descriptors invalid_sent ring_full fill_ring_empty sent_ring_empty"
 )
+
+_PATIENCE = 1.0  # seconds; the kernel lets go of a queue some time after its socket is closed (xp_put_pool is deferred)
+_NAP = 0.005
 
 HEADROOM = <int>XDP_PACKET_HEADROOM  # bytes that the kernel keeps free in front of each packet
 
@@ -92,11 +96,16 @@ cdef class Umem(Pool):
             for i, number in enumerate(queues):
                 queue = &self.queues[i]
                 wanted = number
-                with nogil:
-                    result = xsk_socket__create_shared(
-                        &queue.socket, text, wanted, self.umem, &queue.received, &queue.sent if i == 0 else NULL,
-                        &queue.fill, &queue.completed, &config,
-                    )
+                deadline = time.monotonic() + _PATIENCE
+                while True:
+                    with nogil:
+                        result = xsk_socket__create_shared(
+                            &queue.socket, text, wanted, self.umem, &queue.received, &queue.sent if i == 0 else NULL,
+                            &queue.fill, &queue.completed, &config,
+                        )
+                    if result != -EBUSY or time.monotonic() > deadline:
+                        break
+                    time.sleep(_NAP)
                 if result < 0:
                     raise error(-result, f"opening an AF_XDP socket for queue {number} of {interface}")
                 queue.fd = xsk_socket__fd(queue.socket)

@@ -138,7 +138,7 @@ cdef extern from "frame.h" nogil:
         uint8_t tos
 
     uint16_t frame_word(const uint8_t *at)
-    int frame_parse(const uint8_t *at, const uint8_t *end, frame *parsed)
+    int frame_parse(const uint8_t *at, const uint8_t *end, uint32_t size, frame *parsed)
 
 cdef extern from *:
     """
