@@ -82,16 +82,23 @@ class Interface:
     def addresses(self) -> set[tuple[Address, int]]:
         """Its addresses, and those of its VLANs: (address, number of the VLAN), 0 for its own."""
         numbers = {self.index: 0, **{index: number for number, index in self.vlans.items()}}
-        found = set()
-        for message in _dump(_GETADDR, _ADDR.pack(0, 0, 0, 0, 0)):
-            *_, index = _ADDR.unpack_from(message)
-            attributes = _attributes(message[_ADDR.size :])
-            packed = attributes.get(
-                _IFA_LOCAL, attributes.get(_IFA_ADDRESS)
-            )  # IFA_ADDRESS is the peer's, where there is one
-            if index in numbers and packed is not None:
-                found.add((ip_address(packed), numbers[index]))
-        return found
+        return {(address, numbers[index]) for index, address in _addresses() if index in numbers}
+
+    @staticmethod
+    def martians() -> set[IPv4Address]:
+        """IPv4 addresses that no packet may come from: those of the host itself (RFC 1812, 5.3.7)."""
+        return {own for _, own in _addresses() if isinstance(own, IPv4Address)}
+
+
+def _addresses() -> Iterator[tuple[int, Address]]:
+    """(index of the interface, address) of all interfaces."""
+    for message in _dump(_GETADDR, _ADDR.pack(0, 0, 0, 0, 0)):
+        *_, index = _ADDR.unpack_from(message)
+        attributes = _attributes(message[_ADDR.size :])
+        # IFA_ADDRESS is the peer's, where there is one
+        packed = attributes.get(_IFA_LOCAL, attributes.get(_IFA_ADDRESS))
+        if packed is not None:
+            yield index, ip_address(packed)
 
 
 def _links() -> Iterator[tuple[int, _Attributes]]:

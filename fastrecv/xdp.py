@@ -7,6 +7,7 @@ into.
 from __future__ import annotations
 
 import contextlib
+import socket
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Self, Unpack
@@ -35,7 +36,8 @@ class XdpStatistics(NamedTuple):
     """Counters of an XdpReceiver since it was made.
 
     batches, datagrams, bytes : received. truncated, control_truncated : 0, nothing is ever cut: what is too long goes
-    on to the stack. unanswered : replies that the kernel refused. bad_checksum : datagrams that were dropped for it.
+    on to the stack. unanswered : replies that the kernel refused. martian : from an IPv4 address of this
+    host, dropped as the stack drops them. bad_checksum : datagrams that were dropped for it.
     unreadable : frames that were not what the program had found; 0 unless there is a defect. held : frames that
     batches, or views of them, hold now. passed : frames that went on to the stack, by reason
     (fastrecv.redirect.PASSED), of the whole interface. kernel : its XDP_STATISTICS; `dropped` are the datagrams that
@@ -49,6 +51,7 @@ class XdpStatistics(NamedTuple):
     control_truncated: int
     unanswered: int
     bad_checksum: int
+    martian: int
     unreadable: int
     held: int
     passed: dict[str, int]
@@ -192,6 +195,10 @@ class XdpReceiver(Closing):
         finally:
             self._reader.leave()
 
+    def sending_socket(self) -> socket.socket:
+        """A copy of the socket that stands for us where one is asked for: bound to nothing, it receives nothing."""
+        return self._outgoing.socket.dup()
+
     def fileno(self) -> int:
         """The descriptor to poll for readability: of an epoll, for all queues."""
         return self._reader.fileno()
@@ -213,13 +220,14 @@ class XdpReceiver(Closing):
         passed.pop("taken")
         return XdpStatistics(
             reader.batches, reader.datagrams, reader.bytes, 0, 0, self._outgoing.unanswered, reader.bad_checksum,
-            reader.unreadable, self._umem.held, passed, self._umem.statistics(),
+            reader.martian, reader.unreadable, self._umem.held, passed, self._umem.statistics(),
         )  # fmt: skip
 
     def refresh(self) -> None:
         """Look for addresses and VLANs of the interface anew: fastrecv.redirect.Redirect.refresh."""
         self.redirect.refresh()
-        self._reader.place({0: self.redirect.interface.index, **self.redirect.interface.vlans})
+        interface = self.redirect.interface
+        self._reader.place({0: interface.index, **interface.vlans}, interface.martians())
 
     @property
     def batch_size(self) -> int:

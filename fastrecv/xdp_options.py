@@ -108,7 +108,7 @@ def _opened_as(mode: str, redirect: Redirect, queues: list[int], options: XdpOpt
         if options.get("busy_poll") is not None:
             _poll_busily(umem, options)
         reader = Reader(umem, checksums=_CHECKSUMS[checksums], busy=options.get("busy_poll") is not None)
-        reader.place({0: interface.index, **interface.vlans})
+        reader.place({0: interface.index, **interface.vlans}, interface.martians())
         for number, descriptor in zip(queues, umem.descriptors, strict=True):
             redirect.put(number, descriptor)
         if attach:

@@ -27,8 +27,8 @@ class Outgoing:
     def __init__(self, redirect: Redirect, umem: Umem) -> None:
         self._redirect, self._umem = redirect, umem
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-        self._socket = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        self._replier = Replier(self._socket, from_anywhere=True)
+        self.socket = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._replier = Replier(self.socket, from_anywhere=True)
 
     @property
     def unanswered(self) -> int:
@@ -48,7 +48,7 @@ class Outgoing:
         others: list[Buffer | None] = [None] * len(batch)
         for row in left:
             others[row] = payloads[row]
-        return sent + self._replier.reply(self._socket.fileno(), wake, batch, others, timeout)
+        return sent + self._replier.reply(self.socket.fileno(), wake, batch, others, timeout)
 
     def send(self, wake: int, payloads: Batch | Sequence[Buffer], to: NDArray[np.void], timeout: float | None) -> int:
         """XdpReceiver.send; to : ENDPOINT, one for all or one for each."""
@@ -84,7 +84,7 @@ class Outgoing:
 
     def close(self) -> None:
         self._replier.close()
-        self._socket.close()
+        self.socket.close()
 
 
 def _runs(to: NDArray[np.void], count: int) -> Iterator[tuple[int, list[int]]]:

@@ -7,6 +7,8 @@ ring lies in memory of ours and is not believed unseen. What is left to user spa
 import os
 import time
 
+import numpy
+
 from fastrecv._recv.door import GLANCE, closed_error, deadline_of
 from fastrecv.errors import XdpError
 
@@ -16,7 +18,7 @@ from fastrecv._recv.arena cimport Arena, Lease, lease, map4, nothing
 from fastrecv._recv.batch cimport new_batch
 from fastrecv._recv.door cimport Door, wait
 from fastrecv._recv.linux cimport (
-    AF_INET, AF_INET6, MSG_DONTWAIT, SOL_SOCKET, getpid, getsockopt, socklen_t,
+    AF_INET, AF_INET6, MSG_DONTWAIT, SOL_SOCKET, getpid, getsockopt, ntohl, socklen_t,
 )
 from fastrecv._xsk.umem cimport Queue, Umem
 from fastrecv._xsk.xdp cimport *
@@ -29,6 +31,7 @@ from libc.string cimport memcpy, memset
 cdef enum:
     _ROWS = 1024    # of a batch at most
     _QUEUES = 256
+    _AHEAD = 8      # frames whose headers are fetched while one is read: another CPU's cache has them
     _VLANS = 4096   # IEEE 802.1Q: 12 bits
 
 MAX_BATCH = <int>_ROWS
@@ -48,6 +51,7 @@ PARTIAL = <int>Checksums.PARTIAL_TOO
 cdef enum Row:
     FULL
     UNREADABLE
+    MARTIAN
     BAD_CHECKSUM
 
 
@@ -79,8 +83,24 @@ cdef class Reader(Door):
             if epoll_ctl(self.fd, EPOLL_CTL_ADD, fd, &event) < 0:
                 raise OSError(errno, os.strerror(errno))
 
-    def place(self, dict interfaces not None):
-        """The index of the interface by the number of the VLAN, 0 for untagged frames; from now on."""
+    def place(self, dict interfaces not None, martians):
+        """What is known of the host, from now on.
+
+        interfaces : the index of the interface by the number of the VLAN, 0 for untagged frames. martians : IPv4
+        addresses that nobody may send from.
+        """
+        cdef uint32_t[::1] ordered = numpy.array(sorted(map(int, martians)), numpy.uint32)
+        cdef uint32_t *table = <uint32_t *>calloc(<size_t>(len(ordered) + 1), sizeof(uint32_t))
+        if table == NULL:
+            raise MemoryError
+        for i in range(len(ordered)):
+            table[i] = ordered[i]
+        with nogil:
+            pthread_mutex_lock(self.lock)
+            table, self.martians = self.martians, table
+            self.martian_count = <int>ordered.shape[0]
+            pthread_mutex_unlock(self.lock)
+        free(table)
         for vlan, index in interfaces.items():
             self.interfaces[<int>vlan & (_VLANS - 1)] = <uint32_t>index
 
@@ -153,13 +173,18 @@ cdef class Reader(Door):
         cdef uint32_t room = <uint32_t>min(arena.layout.rows - arena.rows, _ROWS - tally.refused)
         cdef int outcome
         taken[0] = xsk_ring_cons__peek(&queue.received, room, &index)
+        for i in range(min(taken[0], <uint32_t>_AHEAD)):
+            fetch(self.umem.memory + xsk_ring_cons__rx_desc(&queue.received, index + i).addr)
         for i in range(taken[0]):
+            if i + _AHEAD < taken[0]:
+                fetch(self.umem.memory + xsk_ring_cons__rx_desc(&queue.received, index + i + _AHEAD).addr)
             found = xsk_ring_cons__rx_desc(&queue.received, index + i)
             outcome = self.row(arena, found.addr, found.len, now)
             if outcome == Row.FULL:
                 tally.bytes += arena.lengths[arena.rows - 1]
                 continue
             tally.unreadable += outcome == Row.UNREADABLE
+            tally.martian += outcome == Row.MARTIAN
             tally.bad_checksum += outcome == Row.BAD_CHECKSUM
             refused[tally.refused] = found.addr & ~<uint64_t>(self.umem.frame_size - 1)
             tally.refused += 1
@@ -174,6 +199,8 @@ cdef class Reader(Door):
         memset(&parsed, 0, sizeof(parsed))
         if address + length > <uint64_t>self.umem.size or frame_parse(at, at + length, length, &parsed) != TAKEN:
             return Row.UNREADABLE
+        if parsed.version == 4 and self.is_martian(parsed.network + 12):
+            return Row.MARTIAN
         if self.checksums != TRUST_THEM and not checksum_right(&parsed, self.checksums == PARTIAL_TOO):
             return Row.BAD_CHECKSUM
         interface = self.interfaces[parsed.vlan]
@@ -204,6 +231,19 @@ cdef class Reader(Door):
         arena.rows = row + 1
         return Row.FULL
 
+    cdef bint is_martian(self, const uint8_t *address) noexcept nogil:
+        cdef uint32_t wanted
+        cdef int low = 0, high = self.martian_count, middle
+        memcpy(&wanted, address, 4)
+        wanted = ntohl(wanted)
+        while low < high:
+            middle = (low + high) // 2
+            if self.martians[middle] < wanted:
+                low = middle + 1
+            else:
+                high = middle
+        return low < self.martian_count and self.martians[low] == wanted
+
     cdef void settle(self, const uint64_t *refused, const uint32_t *taken, const Tally *tally) noexcept:
         """Account for a look, and let the kernel have frames for those it gave."""
         cdef int i
@@ -214,6 +254,7 @@ cdef class Reader(Door):
         self.bytes += tally.bytes
         self.bad_checksum += tally.bad_checksum
         self.unreadable += tally.unreadable
+        self.martian += tally.martian
         self.umem.refill()
 
     cdef int gone(self) except -1:
@@ -246,3 +287,4 @@ cdef class Reader(Door):
         free(self.lock)
         self.lock = NULL
         free(self.interfaces)
+        free(self.martians)

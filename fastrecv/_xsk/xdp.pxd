@@ -13,6 +13,9 @@ cdef extern from *:
     #include <xdp/xsk.h>
     """
 
+cdef extern from *:
+    void fetch "__builtin_prefetch" (const void *at) nogil
+
 cdef extern from "<linux/if_xdp.h>" nogil:
     enum:
         XDP_COPY

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from fastrecv import Batch, Receiver, aio
+from fastrecv.adapters.xdp import create_datagram_endpoint
 from fastrecv.backend import ReceiverBackend
 from fastrecv.bpf import packaged
 from fastrecv.errors import XdpError
@@ -258,6 +259,57 @@ def test_an_event_loop_gets_its_batches(cable: Cable) -> None:
     assert asyncio.run(asyncio.wait_for(main(), 20)) == [b"%d" % number for number in range(109)]
 
 
+class Echo(asyncio.DatagramProtocol):
+    """Any protocol: it knows of no receiver."""
+
+    def __init__(self) -> None:
+        self.lost: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: Any = transport
+
+    def datagram_received(self, data: bytes, address: Any) -> None:
+        self.transport.sendto(b"echo " + data, address)
+        if data == b"end":
+            self.transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.lost.set_result(error)
+
+
+def test_an_asyncio_protocol_runs_on_it_unchanged(cable: Cable) -> None:
+    clients = [cable.client(NEAR), cable.client(NEAR6)]
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        receiver = XdpReceiver("near0", PORT)
+        transport, protocol = await create_datagram_endpoint(Echo, receiver)
+        assert transport.get_extra_info("receiver") is receiver
+        for client in clients:
+            for number in range(300):
+                client.send(b"%d" % number)
+                answer = await loop.run_in_executor(None, client.recv, 100)
+                assert answer == b"echo %d" % number
+        clients[0].send(b"end")
+        assert await asyncio.wait_for(protocol.lost, 5) is None
+        assert receiver.closed
+        assert clients[0].recv(100) == b"echo end"
+
+    asyncio.run(main())
+
+
+def test_a_protocol_is_told_when_its_receiver_is_closed_by_a_thread(cable: Cable) -> None:
+    async def main() -> None:
+        receiver = XdpReceiver("near0", PORT)
+        _, protocol = await create_datagram_endpoint(Echo, receiver)
+        threading.Thread(target=receiver.close).start()
+        error = await asyncio.wait_for(protocol.lost, 5)
+        assert isinstance(error, OSError)
+        assert error.errno == errno.EBADF
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("to", [NEAR, NEAR6])
 def test_answers_leave_by_the_ring_and_by_the_stack_where_that_cannot_be(cable: Cable, to: str) -> None:
     client = cable.client(to)
@@ -366,7 +418,7 @@ def test_vlans_are_told_apart(cable: Cable, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Interface, "addresses", lambda self: {*told(self), (ip_address(VLAN_NEAR), VLAN)})
     tag = struct.pack("!HH", 0x8100, 3 << 13 | VLAN)
     with XdpReceiver("near0", PORT) as receiver:
-        receiver._reader.place({VLAN: 77})
+        receiver._reader.place({VLAN: 77}, [])
         cable.put(cable.datagram(b"tagged", VLAN_FAR, to=VLAN_NEAR, tags=tag))
         batch = receiver.recv(2)
         assert bytes(batch[0]) == b"tagged"

@@ -101,7 +101,7 @@ PASSED: dict[str, tuple[list[bytes], str, list[bytes]]] = {
     "nobody's source": (
         [
             b"\x08\x00" + packet(source, NEAR, udp(source, NEAR, 1, PORT, b"?"))
-            for source in ("127.0.0.1", "0.0.0.1", "224.0.0.1", "255.255.255.255", NEAR)
+            for source in ("127.0.0.1", "224.0.0.1", "255.255.255.255", NEAR)
         ],
         "source", [],
     ),
@@ -133,6 +133,23 @@ def test_a_whole_datagram_is_taken(twins: Twins, tail: bytes) -> None:
     alone, taken, behind = twins.received([tail])
     assert taken == alone == [(b"payload", (FAR6 if b"\x86\xdd" in tail[:6] else FAR, 4000))]
     assert behind == []
+
+
+@pytest.mark.parametrize("source", ["198.51.100.1", "198.51.100.127"])
+def test_nobody_sends_from_an_address_of_the_host(twins: Twins, source: str) -> None:
+    """The stack drops these as martians (RFC 1812, 5.3.7), by its routes; a broadcast's address it lets through."""
+    for cable in (twins.plain, twins.crossed):
+        cable.net.addr("add", index=1, address="198.51.100.1", prefixlen=25)
+        cable.net.link("set", index=1, state="up")
+    with twins.crossed.near:
+        twins.receiver.refresh()
+    tail = b"\x08\x00" + packet(source, NEAR, udp(source, NEAR, 1, PORT, b"?"))
+    own = source == "198.51.100.1"
+    alone, taken, behind = twins.received([tail, ip4(GOOD4)])
+    assert [data for data, _ in taken] == ([] if own else [b"?"]) + [b"payload"]
+    assert alone == taken
+    assert behind == []
+    assert twins.receiver.statistics().martian == own
 
 
 def frame(draw: st.DrawFn) -> bytes:
