@@ -46,7 +46,8 @@ sanitize: setup
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=build/sanitize/lib \
 		$(BIN)/pytest -s --import-mode=importlib -p no:cacheprovider tests/kernel/test_bpf.py tests/kernel/test_bpf_sharing.py \
 		tests/kernel/test_rings.py tests/kernel/test_groups.py tests/unit/test_receiver.py tests/unit/test_batch.py \
-		tests/unit/test_arrow.py tests/unit/test_replies.py tests/unit/test_sockets.py tests/unit/test_ownership.py
+		tests/unit/test_arrow.py tests/unit/test_replies.py tests/unit/test_sockets.py tests/unit/test_ownership.py \
+		tests/kernel/test_xdp.py tests/kernel/test_xdp_frames.py
 
 # Real daemons for the tests, unpacked only: installed they would be started.
 $(VENV)/unpacked/%: | packages

@@ -212,6 +212,31 @@ def test_batches_may_end_in_other_threads(cable: Cable) -> None:
         assert receiver.statistics().held == 0
 
 
+def test_threads_share_a_receiver(cable: Cable) -> None:
+    """Every datagram comes to one of them, once."""
+    found: list[bytes] = []
+    with XdpReceiver("near0", PORT, ring_size=512, batch_size=8) as receiver:
+
+        def receive() -> None:
+            for batch in receiver:
+                found.extend(data for data, _ in batch.datagrams())
+
+        threads = [threading.Thread(target=receive) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for number in range(20_000):
+            cable.put(cable.datagram(b"%d" % number))
+            while number - len(found) > 400:
+                time.sleep(0.001)
+        deadline = time.monotonic() + 5
+        while len(found) < 20_000 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        receiver.close()
+        for thread in threads:
+            thread.join()
+    assert sorted(map(int, found)) == list(range(20_000))
+
+
 def test_closing_wakes_who_waits_and_the_batches_stay(cable: Cable) -> None:
     receiver = XdpReceiver("near0", PORT)
     cable.put(cable.datagram(b"kept"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,3 +204,68 @@ def test_a_mixture_arrives_whole_and_is_counted_to_the_last_frame(twins: Twins) 
     assert after.datagrams - before.datagrams == wanted
     assert after.passed["other_port"] - before.passed["other_port"] == foreign + 100  # and the last of each round
     assert after.kernel.dropped == before.kernel.dropped == 0
+
+
+OTHERS = {
+    "echo": ip4(struct.pack("!BBHHH", 8, 0, checksum(struct.pack("!BBHHH", 8, 0, 0, 1, 1)), 1, 1), protocol=1),
+    "segment": PASSED["TCP"][0][0],
+    "first": ip4(LONG[:200], fragment=0x2000),
+    "second": ip4(LONG[200:], fragment=25),
+    "foreign": ip4(udp(FAR, NEAR, 4000, 4739, b"foreign")),
+    "foreign6": ip6(udp(FAR6, NEAR6, 4000, 4739, b"foreign")),
+    "arp": b"\x08\x06" + struct.pack("!HHBBH", 1, 0x0800, 6, 4, 2) + bytes(20),
+}
+
+
+def counters() -> dict[str, int]:
+    """Of this thread's namespace: what its stack has been given."""
+    found: dict[str, int] = {}
+    lines = Path("/proc/thread-self/net/snmp").read_text().split("\n")
+    for names, values in zip(lines[::2], lines[1::2], strict=False):
+        protocol, *columns = names.split()
+        found |= {protocol + name: int(value) for name, value in zip(columns, values.split()[1:], strict=True)}
+    for line in Path("/proc/thread-self/net/snmp6").read_text().split("\n"):
+        if line.startswith("Udp6"):
+            found[line.split()[0]] = int(line.split()[1])
+    return found
+
+
+@pytest.mark.proof
+def test_ten_million_datagrams_among_others_arrive_whole_and_the_others_at_the_stack() -> None:
+    """Sizes mixed, IPv4 and IPv6; the frames of a round are made once, and sent again and again."""
+    rng = random.Random(3)
+    rounds, wanted = 2800, 3600
+    with laid() as cable, cable.near, XdpReceiver("near0", PORT, ring_size=8192, batch_size=1024) as receiver:
+        cable.server(NEAR, 4739)
+        with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0806)) as arps:  # ETH_P_ARP
+            datagrams = [rng.randbytes(rng.randrange(rng.choice([8, 100, 1400]))) for _ in range(wanted)]
+            frames = [
+                cable.datagram(data, rng.choice([FAR, FAR6]), sender=rng.randrange(1, 65536)) for data in datagrams
+            ]
+            ethernet = cable.mac + cable.far_mac
+            for number, tail in enumerate(OTHERS.values()):
+                frames.insert(rng.randrange(wanted * number // 7, wanted * (number + 1) // 7), ethernet + tail)
+            whole = b"".join(datagrams)
+            before, arrived = counters(), 0
+            for _ in range(rounds):
+                for frame in frames:
+                    cable.put(frame)
+                parts: list[bytes] = []
+                while sum(len(part) for part in parts) < len(whole) and len(batch := receiver.recv(2)):
+                    arrived += len(batch)
+                    parts.append(batch.packed()[0].tobytes())
+                    del batch
+                assert b"".join(parts) == whole
+                arps.settimeout(2)
+                assert len(arps.recv(100)) == 28
+        after = counters()
+        statistics = receiver.statistics()
+    grown = {name: after[name] - before[name] for name in after}
+    assert arrived == statistics.datagrams == rounds * wanted > 10_000_000
+    assert statistics.kernel.dropped == statistics.bad_checksum == statistics.unreadable == 0
+    assert statistics.passed["fragment"] == 2 * rounds
+    assert statistics.passed["other_port"] == 2 * rounds
+    assert grown["Icmp:InEchos"] == grown["Tcp:InSegs"] == grown["Ip:ReasmOKs"] == rounds
+    assert grown["Udp:InDatagrams"] + grown["Udp:RcvbufErrors"] == rounds
+    assert grown["Udp:NoPorts"] == rounds  # the fragments, put together: this port has no socket
+    assert grown["Udp6NoPorts"] == rounds
