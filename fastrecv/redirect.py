@@ -48,6 +48,7 @@ class Redirect(Closing):
     """
 
     _link: Link | None = None
+    _last: dict[str, int] | None = None  # outcomes at the end
 
     def __init__(
         self,
@@ -162,7 +163,12 @@ class Redirect(Closing):
         places.update(keys, np.ones(len(keys), np.uint32))
 
     def outcomes(self) -> dict[str, int]:
-        """What has become of all frames: "taken", and by reason those that went on to the stack (PASSED)."""
+        """What has become of all frames: "taken", and by reason those that went on to the stack (PASSED).
+
+        Also readable when closed: as they were then.
+        """
+        if self._last is not None:
+            return dict(self._last)
         rows = self._object.maps["outcomes"].lookup(np.arange(len(_OUTCOMES)))
         return dict(zip(_OUTCOMES, rows.sum(axis=1).tolist(), strict=True))
 
@@ -181,6 +187,8 @@ class Redirect(Closing):
         if self._link is not None:
             self._link.close()
             self._link = None
+        if self._last is None:
+            self._last = self.outcomes()
         self._object.close()
 
     def __del__(self) -> None:

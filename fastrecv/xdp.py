@@ -249,8 +249,7 @@ class XdpReceiver(Closing):
         """
         if self.closed:
             return
-        with contextlib.suppress(OSError, ValueError):  # a Redirect that its owner has closed already
-            self._last = self.statistics()
+        self._last = self.statistics()
         if self._owns:
             self.redirect.close()
         self._reader.close()
