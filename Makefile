@@ -47,7 +47,7 @@ sanitize: setup
 		$(BIN)/pytest -s --import-mode=importlib -p no:cacheprovider tests/kernel/test_bpf.py tests/kernel/test_bpf_sharing.py \
 		tests/kernel/test_rings.py tests/kernel/test_groups.py tests/unit/test_receiver.py tests/unit/test_batch.py \
 		tests/unit/test_arrow.py tests/unit/test_replies.py tests/unit/test_sockets.py tests/unit/test_ownership.py \
-		tests/kernel/test_xdp.py tests/kernel/test_xdp_frames.py
+		tests/kernel/test_xdp.py tests/kernel/test_xdp_answers.py tests/kernel/test_xdp_frames.py
 
 # Real daemons for the tests, unpacked only: installed they would be started.
 $(VENV)/unpacked/%: | packages

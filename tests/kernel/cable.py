@@ -19,6 +19,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.rtnl.ifaddrmsg import IFA_F_NODAD
 
 from fastrecv.netns import Namespace
+from fastrecv.xdp import XdpReceiver
 
 NEAR, FAR = "192.0.2.1", "192.0.2.2"
 NEAR6, FAR6 = "2001:db8::1", "2001:db8::2"
@@ -132,6 +133,17 @@ def checksum(data: bytes) -> int:
     while total > 0xFFFF:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
+
+
+def payloads(receiver: XdpReceiver, count: int) -> list[bytes]:
+    """Of the next `count` datagrams; fails when they do not come."""
+    found: list[bytes] = []
+    while len(found) < count:
+        batch = receiver.recv(2)
+        assert len(batch), f"{len(found)} of {count} datagrams came"
+        found += [data for data, _ in batch.datagrams()]
+    assert not len(receiver.recv(0))
+    return found
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from fastrecv.bpf import packaged
 from fastrecv.errors import BpfError, XdpError
 from fastrecv.interfaces import Interface
 from fastrecv.xdp_options import XdpOptions
-from tests.kernel.cable import FAR, NEAR, PORT, Cable, laid
+from tests.kernel.cable import FAR, NEAR, PORT, Cable
 from tests.kernel.privileges import CAP_BPF, CAP_NET_ADMIN, CAP_NET_RAW, only
 
 ROOT = Path(__file__).parents[2]
@@ -36,12 +36,6 @@ with receiver:
         if bytes(batch[0]) == b"leave":
             os._exit(0)
 """
-
-
-@pytest.fixture
-def cable() -> Iterator[Cable]:
-    with laid() as made, made.near:
-        yield made
 
 
 @contextlib.contextmanager

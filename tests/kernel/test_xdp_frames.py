@@ -236,7 +236,7 @@ def test_ten_million_datagrams_among_others_arrive_whole_and_the_others_at_the_s
     rng = random.Random(3)
     rounds, wanted = 2800, 3600
     with laid() as cable, cable.near, XdpReceiver("near0", PORT, ring_size=8192, batch_size=1024) as receiver:
-        cable.server(NEAR, 4739)
+        server = cable.server(NEAR, 4739)
         with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0806)) as arps:  # ETH_P_ARP
             datagrams = [rng.randbytes(rng.randrange(rng.choice([8, 100, 1400]))) for _ in range(wanted)]
             frames = [
@@ -258,9 +258,13 @@ def test_ten_million_datagrams_among_others_arrive_whole_and_the_others_at_the_s
                 assert b"".join(parts) == whole
                 arps.settimeout(2)
                 assert len(arps.recv(100)) == 28
+        server.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while server.recv(100) == b"foreign":
+                pass  # the stack counts what is read
         after = counters()
         statistics = receiver.statistics()
-    grown = {name: after[name] - before[name] for name in after}
+    grown = {name: after[name] - before.get(name, 0) for name in after}
     assert arrived == statistics.datagrams == rounds * wanted > 10_000_000
     assert statistics.kernel.dropped == statistics.bad_checksum == statistics.unreadable == 0
     assert statistics.passed["fragment"] == 2 * rounds
