@@ -22,10 +22,13 @@ from fastrecv.closing import Closing
 from fastrecv.errors import BpfError, XdpError
 from fastrecv.interfaces import Address, Interface
 
-__all__ = ["PASSED", "Redirect"]
+__all__ = ["CAPACITIES", "PASSED", "Redirect"]
 
 _SKB_MODE, _DRV_MODE = 1 << 1, 1 << 2  # XDP_FLAGS_*, include/uapi/linux/if_link.h
 _FLAGS = {"native": _DRV_MODE, "generic": _SKB_MODE}
+CAPACITIES = {2048: 1792, 4096: 3840}
+"""Bytes that a frame of these sizes holds, XDP_PACKET_HEADROOM less: include/uapi/linux/bpf.h."""
+_ETHERNET = 18  # bytes of its header, with a tag
 _HASH_ROOM = 1024  # addresses, at the least
 _MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, 2.5.5.2
 
@@ -56,10 +59,13 @@ class Redirect(Closing):
         ports: int | Iterable[int],
         *,
         addresses: Iterable[str | Address] | None = None,
-        capacity: int = 1792,
+        frame_size: int | None = None,
     ) -> None:
         self.interface = Interface.named(interface)
         self.ports = _ports(ports)
+        self.frame_size = _frame_size(self.interface.mtu) if frame_size is None else frame_size
+        if self.frame_size not in CAPACITIES:
+            raise ValueError(f"frame_size is {frame_size!r}: give 2048 or 4096")
         self.mode = ""
         self._asked = None if addresses is None else {ip_address(address) for address in addresses}
         self._wanted = wanted = self._places()
@@ -67,7 +73,7 @@ class Redirect(Closing):
         try:
             self._object.maps["sockets"].max_entries = self.interface.queues
             self._object.maps["places"].max_entries = max(_HASH_ROOM, 2 * len(wanted))
-            self._object.set(capacity=capacity)
+            self._object.set(capacity=CAPACITIES[self.frame_size])
             self._object.load()
             bits = np.zeros(65536, np.bool_)
             bits[list(self.ports)] = True
@@ -195,6 +201,10 @@ class Redirect(Closing):
         if self._link is not None:
             warnings.warn(f"unclosed Redirect on {self.interface.name}", ResourceWarning, source=self, stacklevel=2)
             self.close()
+
+
+def _frame_size(mtu: int) -> int:
+    return next((size for size, capacity in CAPACITIES.items() if mtu + _ETHERNET <= capacity), max(CAPACITIES))
 
 
 def _address(packed: bytes) -> Address:

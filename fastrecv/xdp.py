@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 from fastrecv._recv import Batch
 from fastrecv.closing import Closing
 from fastrecv.interfaces import Address as IpAddress
-from fastrecv.interfaces import Interface
 from fastrecv.receiver import destinations_of
 from fastrecv.redirect import Redirect
 from fastrecv.replies import Buffer
 from fastrecv.sockets import Address
-from fastrecv.xdp_options import MODES, XdpOptions, capacity_of, opened
+from fastrecv.xdp_options import MODES, XdpOptions, opened
 from fastrecv.xdp_sending import Outgoing
 
 if TYPE_CHECKING:
@@ -79,10 +78,9 @@ class XdpReceiver(Closing):
         others.
     batch_size : datagrams of one batch at most, 1 to 1024. 64.
     ring_size : frames that the kernel may fill ahead, a queue; a power of two. 2048.
-    frames : how many there are, a queue; what is above ring_size batches may hold without a loss. Twice ring_size.
-    frame_size : 2048 or 4096 bytes, 256 of them the kernel's; a longer datagram goes on to the stack. 2048 where the
-        MTU allows it. All of queues x frames x frame_size is locked memory (RLIMIT_MEMLOCK, or CAP_IPC_LOCK): 8 MiB a
-        queue.
+    frames : how many there are, a queue; what is above ring_size batches may hold without a loss. Twice ring_size. All
+        of queues x frames x frame_size is locked memory (RLIMIT_MEMLOCK, or CAP_IPC_LOCK): 8 MiB a queue, unless asked
+        otherwise, where the MTU allows frames of 2048 bytes.
     checksums : "verify" drops and counts datagrams whose UDP checksum is wrong; "trust" looks at none, for cards that
         do; "partial" accepts also what a sender on this host has left to its card to finish, and no veth finishes
         (CHECKSUM_PARTIAL, include/linux/skbuff.h). "partial" on a veth, else "verify".
@@ -102,11 +100,11 @@ class XdpReceiver(Closing):
         addresses: Iterable[str | IpAddress] | None = None,
         queues: Sequence[int] | None = None,
         mode: str = "auto",
+        frame_size: int | None = None,
         **options: Unpack[XdpOptions],
     ) -> None:
-        """ports, addresses : fastrecv.redirect.Redirect; options: XdpReceiver."""
-        _, capacity = capacity_of(Interface.named(interface), options)
-        redirect = Redirect(interface, ports, addresses=addresses, capacity=capacity)
+        """ports, addresses, frame_size : fastrecv.redirect.Redirect; options: XdpReceiver."""
+        redirect = Redirect(interface, ports, addresses=addresses, frame_size=frame_size)
         try:
             self._begin(redirect, queues, mode, options, own=True)
         except BaseException:

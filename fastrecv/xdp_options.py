@@ -14,7 +14,7 @@ from fastrecv.interfaces import Interface
 from fastrecv.redirect import Redirect
 
 try:
-    from fastrecv._xsk import HEADROOM, MAX_BATCH, MAX_QUEUES, PARTIAL, TRUST, VERIFY, Reader, Umem
+    from fastrecv._xsk import MAX_BATCH, MAX_QUEUES, PARTIAL, TRUST, VERIFY, Reader, Umem
 except ImportError as error:
     raise ImportError(
         f"fastrecv's AF_XDP part cannot be loaded ({error}): install libxdp 1.2 or newer (Debian: libxdp1); "
@@ -22,12 +22,10 @@ except ImportError as error:
         name="fastrecv._xsk",
     ) from error
 
-__all__ = ["MODES", "Opened", "XdpOptions", "capacity_of", "opened"]
+__all__ = ["MODES", "Opened", "XdpOptions", "opened"]
 
 MODES = ("zero-copy", "copy", "generic")
 _CHECKSUMS = {"trust": TRUST, "verify": VERIFY, "partial": PARTIAL}
-_ETHERNET = 18  # bytes of its header, with a tag
-_FRAME_SIZES = (2048, 4096)  # what the kernel takes: XDP_UMEM_MIN_CHUNK_SIZE to a page
 _MAX_MEMORY = (1 << 31) - 1  # bytes; offsets in Arrow's views are 32 bits wide
 _MAX_RING = 1 << 15
 _MAX_BUSY = (1 << 16) - 1
@@ -41,7 +39,6 @@ class XdpOptions(TypedDict, total=False):
     batch_size: int
     ring_size: int
     frames: int
-    frame_size: int
     checksums: str
     timestamps: bool
     tos: bool
@@ -58,16 +55,6 @@ class Opened(NamedTuple):
     umem: Umem
     mode: str
     refused: dict[str, str]
-
-
-def capacity_of(interface: Interface, options: XdpOptions) -> tuple[int, int]:
-    """(frame_size, bytes that a frame may have)."""
-    size = options.get("frame_size")
-    if size is None:
-        size = next((size for size in _FRAME_SIZES if interface.mtu + _ETHERNET <= size - HEADROOM), _FRAME_SIZES[-1])
-    if size not in _FRAME_SIZES:
-        raise ValueError(f"frame_size is {size!r}: give 2048 or 4096")
-    return size, size - HEADROOM
 
 
 def opened(redirect: Redirect, queues: Sequence[int] | None, mode: str, options: XdpOptions, attach: bool) -> Opened:
@@ -92,7 +79,7 @@ def opened(redirect: Redirect, queues: Sequence[int] | None, mode: str, options:
 
 def _opened_as(mode: str, redirect: Redirect, queues: list[int], options: XdpOptions, attach: bool) -> Opened:
     interface = redirect.interface
-    frame_size, _ = capacity_of(interface, options)
+    frame_size = redirect.frame_size
     ring_size = options.get("ring_size", 2048)
     frames = options.get("frames", 2 * ring_size)
     if (size := frames * len(queues) * frame_size) > _MAX_MEMORY:

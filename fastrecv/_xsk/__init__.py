@@ -6,10 +6,9 @@ busy polling, 5.9 for all else.
 
 from fastrecv._xsk.answers import answer
 from fastrecv._xsk.reader import MAX_BATCH, MAX_QUEUES, PARTIAL, TRUST, VERIFY, Reader
-from fastrecv._xsk.umem import HEADROOM, KernelStatistics, Umem
+from fastrecv._xsk.umem import KernelStatistics, Umem
 
 __all__ = [
-    "HEADROOM",
     "MAX_BATCH",
     "MAX_QUEUES",
     "PARTIAL",

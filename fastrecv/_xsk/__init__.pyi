@@ -6,7 +6,6 @@ from fastrecv._recv import Batch
 from fastrecv.replies import Buffer
 
 __all__ = [
-    "HEADROOM",
     "MAX_BATCH",
     "MAX_QUEUES",
     "PARTIAL",
@@ -18,7 +17,6 @@ __all__ = [
     "answer",
 ]
 
-HEADROOM: int
 MAX_BATCH: int
 MAX_QUEUES: int
 PARTIAL: int

@@ -16,7 +16,7 @@ from fastrecv.errors import XdpError
 from fastrecv._recv.arena cimport Arena, Column, Pool, arena_over, map_slots, unmap_slots
 from fastrecv._recv.linux cimport MSG_DONTWAIT, getpid, getsockopt, socklen_t
 from fastrecv._xsk.xdp cimport *
-from libc.errno cimport EBUSY, EINVAL, ENOBUFS, EOPNOTSUPP, EPERM, errno
+from libc.errno cimport EBUSY, ENOBUFS, EOPNOTSUPP, EPERM, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -27,8 +27,6 @@ KernelStatistics = namedtuple(
 
 _PATIENCE = 1.0  # seconds; the kernel lets go of a queue some time after its socket is closed (xp_put_pool is deferred)
 _NAP = 0.005
-
-HEADROOM = <int>XDP_PACKET_HEADROOM  # bytes that the kernel keeps free in front of each packet
 
 _CURES = {
     EBUSY: "another AF_XDP socket has this queue: close it, or take other queues",

@@ -24,7 +24,6 @@ cdef extern from "<linux/if_xdp.h>" nogil:
         XDP_STATISTICS
         XDP_OPTIONS
         XDP_OPTIONS_ZEROCOPY
-        XDP_PACKET_HEADROOM "256"  # include/uapi/linux/bpf.h
 
     struct xdp_desc:
         uint64_t addr

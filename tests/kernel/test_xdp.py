@@ -16,6 +16,8 @@ from fastrecv.backend import ReceiverBackend
 from fastrecv.xdp import XdpReceiver
 from tests.kernel.cable import FAR, FAR6, NEAR, NEAR6, PORT, Cable, payloads
 
+pytestmark = pytest.mark.needs("AF_XDP in copy mode")
+
 
 @pytest.mark.parametrize(("source", "to"), [(FAR, NEAR), (FAR6, NEAR6)])
 def test_a_batch_says_what_that_of_a_socket_says(cable: Cable, source: str, to: str) -> None:

@@ -15,6 +15,8 @@ from fastrecv.adapters.xdp import create_datagram_endpoint
 from fastrecv.xdp import XdpReceiver
 from tests.kernel.cable import NEAR, NEAR6, PORT, Cable
 
+pytestmark = pytest.mark.needs("AF_XDP in copy mode")
+
 
 def test_an_event_loop_gets_its_batches(cable: Cable) -> None:
     async def main() -> list[bytes]:

@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 CHILD = """
 import os, sys
 from fastrecv import XdpReceiver
+
+pytestmark = pytest.mark.needs("AF_XDP in copy mode")
 receiver = XdpReceiver("near0", int(sys.argv[1]))
 print("ready", flush=True)
 with receiver:

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from fastrecv.xdp import XdpReceiver
 from tests.kernel.cable import FAR, FAR6, NEAR, NEAR6, PORT, Cable, checksum, laid, packet, udp
 
+pytestmark = pytest.mark.needs("AF_XDP in copy mode")
+
 LAST = 9999  # the port of what is sent last
 TAG = struct.pack("!HH", 0x8100, 0)
 Datagram = tuple[bytes, tuple[Any, ...]]

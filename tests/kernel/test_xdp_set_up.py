@@ -18,6 +18,8 @@ from fastrecv.xdp import XdpReceiver
 from fastrecv.xdp_options import XdpOptions
 from tests.kernel.cable import PORT, VLAN, VLAN_FAR, VLAN_NEAR, Cable, laid, payloads
 
+pytestmark = pytest.mark.needs("AF_XDP in copy mode")
+
 
 def test_a_foreign_program_stays_and_is_named(cable: Cable) -> None:
     for first, second in ((0, "auto"), (1 << 1, "copy"), (1 << 2, "generic")):
