@@ -86,8 +86,8 @@ class XdpReceiver(Closing):
         (CHECKSUM_PARTIAL, include/linux/skbuff.h). "partial" on a veth, else "verify".
     timestamps : when a datagram was taken from the ring, ns since the epoch. tos : type of service or traffic class.
     need_wakeup : the driver sleeps until it is called (XDP_USE_NEED_WAKEUP). True.
-    busy_poll, prefer_busy_poll, busy_poll_budget : fastrecv.sockets.busy_poll; each receive drives the card, Linux
-    5.11.
+    busy_poll, prefer_busy_poll, busy_poll_budget : fastrecv.sockets.busy_poll; each receive drives the card. The last
+        two need Linux 5.11.
     """
 
     reason = ""  # of Receiver.open

@@ -22,12 +22,12 @@ from fastrecv.xdp_options import XdpOptions
 from tests.kernel.cable import FAR, NEAR, PORT, Cable
 from tests.kernel.privileges import CAP_BPF, CAP_NET_ADMIN, CAP_NET_RAW, only
 
+pytestmark = pytest.mark.needs("AF_XDP in copy mode")
+
 ROOT = Path(__file__).parents[2]
 CHILD = """
 import os, sys
 from fastrecv import XdpReceiver
-
-pytestmark = pytest.mark.needs("AF_XDP in copy mode")
 receiver = XdpReceiver("near0", int(sys.argv[1]))
 print("ready", flush=True)
 with receiver:
