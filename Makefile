@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := clang gcc libbpf-dev libc6-dev libelf-dev linux-perf llvm pkg-config python3-dev python3-venv zlib1g-dev
+PACKAGES := clang gcc libbpf-dev libc6-dev libelf-dev libxdp-dev linux-perf llvm pkg-config python3-dev python3-venv zlib1g-dev
 DAEMONS := nginx pmacct softflowd
 DAEMONS_NEED := libjansson4 libmariadb3 libmaxminddb0 libnetfilter-log1 libpcap0.8 libpq5 librabbitmq4 librdkafka1 \
 	libsqlite3-0 libzmq5 netbase
@@ -46,7 +46,8 @@ sanitize: setup
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=build/sanitize/lib \
 		$(BIN)/pytest -s --import-mode=importlib -p no:cacheprovider tests/kernel/test_bpf.py tests/kernel/test_bpf_sharing.py \
 		tests/kernel/test_rings.py tests/kernel/test_groups.py tests/unit/test_receiver.py tests/unit/test_batch.py \
-		tests/unit/test_arrow.py tests/unit/test_replies.py tests/unit/test_sockets.py tests/unit/test_ownership.py
+		tests/unit/test_arrow.py tests/unit/test_replies.py tests/unit/test_sockets.py tests/unit/test_ownership.py \
+		tests/kernel/test_xdp.py tests/kernel/test_xdp_answers.py tests/kernel/test_xdp_frames.py
 
 # Real daemons for the tests, unpacked only: installed they would be started.
 $(VENV)/unpacked/%: | packages

@@ -68,12 +68,27 @@ def extensions() -> list[Extension]:
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
         common["extra_compile_args"] += [*sanitize, "-g", "-O1"]
         common["extra_link_args"] = sanitize
-    # The receive core works where libbpf is absent: only the door to libbpf links to it.
+    # The receive core works where libbpf is absent: only the doors to libbpf and libxdp link to them.
+    linked: dict[str, list[str]] = {"_recv": [], "_bpf": ["bpf"]}
+    shared = {"_recv": [], "_bpf": [], "_xsk": ["bpf/frame.h"]}
+    if has_libxdp():
+        linked["_xsk"] = ["xdp", "bpf"]
+        common["include_dirs"].append("bpf")  # the parser that the BPF program shares
     return [
-        Extension(f"fastrecv.{package}.{path.stem}", [str(path)], libraries=libraries, **common)
-        for package, libraries in {"_recv": [], "_bpf": ["bpf"]}.items()
+        Extension(
+            f"fastrecv.{package}.{path.stem}", [str(path)], libraries=libraries, depends=shared[package], **common
+        )
+        for package, libraries in linked.items()
         for path in sorted(Path("fastrecv", package).glob("*.pyx"))
     ]
+
+
+def has_libxdp() -> bool:
+    """Whether AF_XDP can be built; it is optional, and fastrecv.xdp says what to install where it is missing."""
+    if shutil.which("pkg-config") and subprocess.run(["pkg-config", "--exists", "libxdp"], check=False).returncode == 0:
+        return True
+    print("building without AF_XDP: apt install libxdp-dev pkg-config brings it")
+    return False
 
 
 setup(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BpfError", "NotSupported", "SocketRefusedError", "StateError"]
+__all__ = ["BpfError", "NotSupported", "SocketRefusedError", "StateError", "XdpError"]
 
 
 class BpfError(OSError):
@@ -43,3 +43,10 @@ class StateError(OSError):
 
 class SocketRefusedError(OSError):
     """A socket cannot be what it was given for; the message says why and, where there is one, the cure."""
+
+
+class XdpError(OSError):
+    """AF_XDP, or an interface, refused something; the message says what was tried, why it failed and what to do."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)

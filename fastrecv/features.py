@@ -184,6 +184,21 @@ def _watching() -> None:
     Watch().close()
 
 
+def _af_xdp() -> None:
+    from pyroute2 import IPRoute  # noqa: PLC0415 - an optional dependency; a veth is what there is everywhere
+
+    from fastrecv.xdp import XdpReceiver  # noqa: PLC0415 - the receive core works without libxdp
+
+    namespace = Namespace()
+    try:
+        with namespace, IPRoute() as net:
+            net.link("add", ifname="probe0", kind="veth", peer={"ifname": "probe1"})
+            net.addr("add", index=socket.if_nametoindex("probe0"), address="192.0.2.1", prefixlen=24)  # RFC 5737
+            XdpReceiver("probe0", 9, ring_size=2, frames=2).close()
+    finally:
+        namespace.close()
+
+
 def _rcu_expedited() -> None:
     Path("/sys/kernel/rcu_expedited").open("r+").close()
 
@@ -209,6 +224,7 @@ FEATURES = {
         Feature("steering", "UDP sockets in a SOCKMAP", (5, 7), "CAP_BPF and CAP_NET_ADMIN", _sockmap),
         Feature("steering", "reading reuseport groups", (5, 12), "CAP_BPF and CAP_PERFMON", _groups),
         Feature("steering", "watching sockets", (5, 17), "CAP_BPF and CAP_PERFMON", _watching),
+        Feature("AF_XDP", "AF_XDP in copy mode", (5, 18), "CAP_BPF, CAP_NET_ADMIN and CAP_NET_RAW", _af_xdp),
         Feature("bench", "live frames in BPF_PROG_RUN", (5, 18), "CAP_BPF and CAP_NET_ADMIN", _live_frames),
         Feature("bench", "enumeration of BPF links", (5, 8), "CAP_SYS_ADMIN", _bpf_enumeration),
         Feature("bench", "BPF run-time statistics", (5, 8), "CAP_SYS_ADMIN", _bpf_statistics),

@@ -7,7 +7,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Self, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,10 @@ from fastrecv.options import FAMILIES, Features, Options, apply, columns_of, ref
 from fastrecv.replies import Buffer, Replier
 from fastrecv.sockets import Address
 
-__all__ = ["Receiver", "Statistics"]
+if TYPE_CHECKING:
+    from fastrecv.xdp import XdpReceiver
+
+__all__ = ["Receiver", "Statistics", "destinations_of"]
 
 _MAX_ARENAS = 1 << 20
 _MAX_BUFFER = (1 << 30) - 1  # INT_MAX / 2: the kernel doubles it
@@ -54,6 +57,8 @@ class Receiver(Closing):
     timestamps, hardware_timestamps, destinations, destination_ports, tos, drops, gro : fastrecv.options.Features;
         each is a bool, and off.
     """
+
+    reason = ""  # of Receiver.open
 
     def __init__(
         self,
@@ -138,6 +143,21 @@ class Receiver(Closing):
         sock.close()  # the Receiver has its own descriptor
         return made
 
+    @staticmethod
+    def open(
+        address: Address, /, *, backend: str = "auto", interface: str | None = None, **options: Any
+    ) -> Receiver | XdpReceiver:
+        """A receiver of what is sent to (host, port): Receiver.bind(address), or a fastrecv.XdpReceiver.
+
+        backend : "socket", "xdp", or "auto": AF_XDP where the interface's driver, the privileges at hand and libxdp
+        allow it and the options do not speak against it, else the socket. `reason` of what is returned says why. Past a
+        firewall and rp_filter goes only the former. interface : its name; by default the one that has the host's
+        address. options : those of both, and those of the one that is meant; "auto" gives each its own.
+        """
+        from fastrecv.choosing import chosen  # noqa: PLC0415 - it knows both receivers
+
+        return chosen(address, backend, interface, options)
+
     def recv(self, timeout: float | None = None) -> Batch:
         """Receive what is queued, up to batch_size datagrams (trains, with GRO), with one recvmmsg(2).
 
@@ -182,7 +202,7 @@ class Receiver(Closing):
         its OSError is raised when that is the first. Runs of equal datagrams to one peer leave as one train
         (UDP_SEGMENT, Linux 4.18).
         """
-        to = _destinations(destinations)
+        to = destinations_of(destinations)
         fd, wake = self._reader.enter()
         try:
             sent, _, code = send(fd, payloads, to, timeout=timeout, wake=wake)
@@ -299,7 +319,7 @@ def _within(name: str, value: int, low: int, high: int) -> None:
         raise ValueError(f"{name} is {value!r}: give {low:,} to {high:,}")
 
 
-def _destinations(
+def destinations_of(
     given: NDArray[np.void] | np.void | Address | Sequence[Address] | None,
 ) -> NDArray[np.void] | list[bytes] | None:
     """What _recv.send takes: an array of ENDPOINT, a list of paths, or None."""

@@ -81,7 +81,7 @@ class Replier:
             for family, rows in ((socket.AF_INET, strange & four), (socket.AF_INET6, strange & ~four)):
                 if not rows.any():
                     continue
-                if raw := self._raw_socket(family):
+                if raw := self.raw_socket(family):
                     senders, sources = _of_family(batch.sources, family), _of_family(to, family)
                     sent += answer(raw.fileno(), senders, sources, np.flatnonzero(rows), raw=True)
                     continue
@@ -96,7 +96,8 @@ class Replier:
         """Whether the socket has no address of its own to answer from, nor one peer whose route chose one."""
         return self._socket.family != socket.AF_UNIX and self._socket.getsockname()[0] in {"0.0.0.0", "::"}  # noqa: S104
 
-    def _raw_socket(self, family: int) -> socket.socket | None:
+    def raw_socket(self, family: int) -> socket.socket | None:
+        """What sends from any address and port, and receives nothing; None without CAP_NET_RAW."""
         if family not in self._raw:
             try:
                 raw = socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_UDP)

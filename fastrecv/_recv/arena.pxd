@@ -1,5 +1,6 @@
 from fastrecv._recv.linux cimport iovec, mmsghdr, socklen_t
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
+from libc.string cimport memcpy, memset
 
 
 cdef struct Endpoint:
@@ -24,6 +25,7 @@ cdef enum Column:
     DESTINATIONS = 8
     TOS = 16
     PATHS = 32
+    PREFIXES = 64
 
 
 cdef struct Layout:
@@ -41,6 +43,7 @@ cdef struct Arena:
     Layout layout
     int64_t size        # bytes of data
     uint8_t *data
+    bint lent           # the data is somebody else's to free
     int64_t *offsets
     int32_t *lengths
     uint8_t *flags
@@ -51,6 +54,7 @@ cdef struct Arena:
     int64_t *timestamps
     int64_t *hardware
     uint8_t *tos
+    uint8_t *prefixes   # bytes of headers before the payload, where those were received, too
     int rows            # rows that hold a datagram
     mmsghdr *headers
     iovec *vectors
@@ -59,7 +63,17 @@ cdef struct Arena:
     int used            # headers that the last recvmmsg(2) has written
 
 
+cdef inline void map4(uint8_t *address, const void *four) noexcept nogil:
+    """An IPv4 address as ::ffff:a.b.c.d (RFC 4291, 2.5.5.2)."""
+    memset(address, 0, 10)
+    address[10] = address[11] = 0xFF
+    memcpy(address + 12, four, 4)
+
+
 cdef Arena *arena_new(const Layout *layout, int64_t size) noexcept nogil
+cdef uint8_t *map_slots(int64_t size) noexcept nogil
+cdef void unmap_slots(uint8_t *at, int64_t size) noexcept nogil
+cdef Arena *arena_over(const Layout *layout, uint8_t *data, int64_t size) noexcept nogil
 cdef int64_t size_of(const Arena *arena) noexcept nogil
 cdef void pack(const Arena *arena, uint8_t *to, int64_t *bounds) noexcept nogil
 

@@ -30,7 +30,7 @@ cdef int add_columns(Arena *arena, int rows) noexcept nogil:
     item += 8 * ((columns & Column.TIMESTAMPS != 0) + (columns & Column.HARDWARE != 0))
     item += sizeof(Endpoint) * ((columns & Column.SOURCES != 0) + (columns & Column.DESTINATIONS != 0))
     item += 4 * (columns & Column.DESTINATIONS != 0) + sizeof(Path) * (columns & Column.PATHS != 0)
-    item += columns & Column.TOS != 0
+    item += (columns & Column.TOS != 0) + (columns & Column.PREFIXES != 0)
     block = <uint8_t *>malloc(item * <size_t>rows)
     if block == NULL:
         return -1
@@ -57,8 +57,12 @@ cdef int add_columns(Arena *arena, int rows) noexcept nogil:
     arena.lengths = <int32_t *>block
     block += 4 * <size_t>rows
     arena.flags = block
+    block += rows
     if columns & Column.TOS:
-        arena.tos = block + rows
+        arena.tos = block
+        block += rows
+    if columns & Column.PREFIXES:
+        arena.prefixes = block
     return 0
 
 
@@ -70,6 +74,10 @@ cdef uint8_t *map_slots(int64_t size) noexcept nogil:
         return NULL
     mprotect(<uint8_t *>at + room, _PAGE, PROT_NONE)
     return <uint8_t *>at
+
+
+cdef void unmap_slots(uint8_t *at, int64_t size) noexcept nogil:
+    munmap(at, <size_t>((size + _PAGE - 1) // _PAGE * _PAGE + _PAGE))
 
 
 cdef Arena *arena_new(const Layout *layout, int64_t size) noexcept nogil:
@@ -110,11 +118,28 @@ cdef Arena *arena_new(const Layout *layout, int64_t size) noexcept nogil:
     return arena
 
 
+cdef Arena *arena_over(const Layout *layout, uint8_t *data, int64_t size) noexcept nogil:
+    """An arena without slots over memory that stays its owner's; NULL without memory for the columns."""
+    cdef Arena *arena = <Arena *>calloc(1, sizeof(Arena))
+    if arena == NULL:
+        return NULL
+    arena.layout = layout[0]
+    arena.size = size
+    arena.data = data
+    arena.lent = True
+    if add_columns(arena, layout.rows) < 0:
+        arena_free(arena)
+        return NULL
+    return arena
+
+
 cdef void arena_free(Arena *arena) noexcept nogil:
-    if arena.layout.slots == 0:
+    if arena.lent:
+        pass
+    elif arena.layout.slots == 0:
         free(arena.data)
     elif arena.data != NULL:
-        munmap(arena.data, <size_t>((arena.size + _PAGE - 1) // _PAGE * _PAGE + _PAGE))
+        unmap_slots(arena.data, arena.size)
     free(arena.offsets)  # where the block of all columns begins
     free(arena.headers)
     free(arena.vectors)
@@ -238,6 +263,7 @@ cdef Lease copied(Lease held):
     cdef int64_t size = size_of(arena)
     layout.slots = 0
     layout.rows = arena.rows + 1  # `bounds` of pack has one more
+    layout.columns &= ~Column.PREFIXES  # the headers stay behind
     twin = arena_new(&layout, size)
     if twin == NULL:
         raise MemoryError(f"no memory for {size:,} bytes")

@@ -107,6 +107,7 @@ cdef extern from *:
     int munmap(void *where, size_t size) nogil
     uint16_t ntohs(uint16_t value) nogil
     uint16_t htons(uint16_t value) nogil
+    uint32_t ntohl(uint32_t value) nogil
     const char *inet_ntop(int family, const void *address, char *text, socklen_t room) nogil
 
     int AF_UNIX, AF_INET, AF_INET6

@@ -4,23 +4,23 @@ recvmmsg's own timeout is never used: it is looked at only after a datagram has 
 ppoll(2), and the receive itself does not block.
 """
 
-import math
 import os
 import time
-from numbers import Real
+
+from fastrecv._recv.door import GLANCE, closed_error, deadline_of
 
 from cpython.exc cimport PyErr_CheckSignals
-from fastrecv._recv.arena cimport Arena, Column, Endpoint, Layout, Lease, Path, Pool, lease, new_pool, nothing
+from fastrecv._recv.arena cimport Arena, Column, Endpoint, Layout, Lease, Path, Pool, lease, map4, new_pool, nothing
 from fastrecv._recv.batch cimport new_batch
+from fastrecv._recv.door cimport Door, wait
 from fastrecv._recv.linux cimport *
-from libc.errno cimport EAGAIN, EBADF, EINTR, ESHUTDOWN, errno
+from libc.errno cimport EAGAIN, EINTR, ESHUTDOWN, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
 MAX_BATCH = 1024  # UIO_MAXIOV, include/uapi/linux/uio.h: what recvmmsg(2) takes at most
 MAX_SLOT = 1 << 20
 _MAX_DATAGRAM = 65535
-_GLANCE = 1.0  # seconds between looks for a signal that came just before the wait, or to another thread
 
 
 cdef enum:
@@ -57,13 +57,6 @@ cdef struct Tally:
     int control_truncated
     uint32_t drops
     bint has_drops
-
-
-cdef inline void map4(uint8_t *address, const void *four) noexcept nogil:
-    """An IPv4 address as ::ffff:a.b.c.d (RFC 4291, 2.5.5.2)."""
-    memset(address, 0, 10)
-    address[10] = address[11] = 0xFF
-    memcpy(address + 12, four, 4)
 
 
 cdef inline void endpoint(const void *name, socklen_t size, Endpoint *to) noexcept nogil:
@@ -260,22 +253,6 @@ cdef int next_error(int fd) noexcept nogil:
     return 0
 
 
-cdef int wait(int fd, int wake, double seconds) noexcept nogil:
-    """Wait until something may be received, the receiver is closed, a signal comes or the time is over.
-
-    What the socket polls as, or a negative errno.
-    """
-    cdef pollfd[2] polled
-    cdef timespec limit
-    limit.tv_sec = <long>seconds
-    limit.tv_nsec = <long>((seconds - limit.tv_sec) * 1e9)
-    polled[0].fd = fd
-    polled[1].fd = wake
-    polled[0].events = <short>(POLLIN | POLLRDHUP)
-    polled[1].events = <short>POLLIN
-    return -errno if ppoll(polled, 2, &limit, NULL) < 0 else polled[0].revents
-
-
 cdef void nap() noexcept nogil:
     cdef timespec time
     time.tv_sec = 0
@@ -283,7 +260,7 @@ cdef void nap() noexcept nogil:
     nanosleep(&time, NULL)
 
 
-cdef class Reader:
+cdef class Reader(Door):
     """Receives from one socket into a pool of arenas.
 
     fd : the socket; it stays the caller's, the Reader works on a descriptor of its own for it.
@@ -299,8 +276,6 @@ cdef class Reader:
         int control_size, int columns, bint segmented, bint reporting, long long drops,
     ):
         cdef Layout layout
-        self.fd = self.wake = -1
-        self.process = getpid()
         self.reporting = reporting
         self.counting = drops >= 0
         self.last_drops = <uint32_t>(drops if drops >= 0 else 0)
@@ -314,10 +289,7 @@ cdef class Reader:
         layout.columns = columns | (Column.PATHS if family == AF_UNIX else Column.SOURCES)
         layout.segmented = segmented
         self.pool = new_pool(&layout, arenas, max_arenas)
-        self.fd = os.dup(fd)
-        self.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-        if self.wake < 0:
-            raise OSError(errno, os.strerror(errno))
+        self.open(os.dup(fd))
 
     @property
     def slot_size(self):
@@ -331,11 +303,6 @@ cdef class Reader:
     def arenas(self):
         """How many arenas there are now."""
         return self.pool.made
-
-    def fileno(self):
-        if self.closed:
-            raise closed_error()
-        return self.fd
 
     def recv(self, timeout):
         """One batch; fastrecv.Receiver.recv."""
@@ -366,7 +333,7 @@ cdef class Reader:
                     raise OSError(code, os.strerror(code))
                 if polled & POLLRDHUP:
                     raise OSError(ESHUTDOWN, "the socket was shut down for receiving")
-                if not waits or (seconds := min(deadline - time.monotonic(), _GLANCE)) <= 0:
+                if not waits or (seconds := min(deadline - time.monotonic(), GLANCE)) <= 0:
                     return new_batch(nothing(&self.pool.layout), self.total_drops if self.counting else -1)
                 if self.process != getpid():
                     self.part()
@@ -392,69 +359,9 @@ cdef class Reader:
             self.advance(tally.drops)
         return new_batch(held, self.total_drops if self.counting else -1)
 
-    cpdef tuple enter(self):
-        """Two descriptors to wait for, which stay open until leave(): the socket's, and one that tells of close()."""
-        if self.closed:
-            raise closed_error()
-        if self.process != getpid():
-            self.part()
-        self.inside += 1
-        return self.fd, self.wake
-
-    cdef int part(self) except -1:
-        """After a fork: this process shares the socket, but must not wake, or be woken by, the other one."""
-        self.process = getpid()
-        self.inside = 0
-        close(self.wake)
-        self.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-        if self.wake < 0:
-            raise OSError(errno, os.strerror(errno))
-        return 0
-
     cdef void advance(self, uint32_t drops) noexcept:
         """Carry the kernel's 32-bit counter on in 64; a second thread may bring an older reading."""
         cdef int32_t more = <int32_t>(drops - self.last_drops)
         if more > 0:
             self.total_drops += more
             self.last_drops = drops
-
-    def close(self):
-        """Wake whoever waits, and close the descriptors: at once, or when the last of them has left."""
-        if self.closed:
-            return
-        self.enter()
-        self.closed = True
-        if self.inside > 1:
-            os.write(self.wake, (1).to_bytes(8, "little"))  # never read: it wakes them all
-        self.leave()
-
-    cpdef int leave(self) except -1:
-        """Somebody is done with the descriptors; the last one after close() closes them."""
-        self.inside -= 1
-        if self.closed and self.inside == 0:
-            self.shut()
-        return 0
-
-    cdef void shut(self) noexcept:
-        cdef int fd = self.fd, wake = self.wake
-        self.fd = self.wake = -1
-        if fd >= 0:
-            close(fd)
-        if wake >= 0:
-            close(wake)
-
-    def __dealloc__(self):
-        self.shut()  # nobody is inside recv, which holds a reference
-
-
-def deadline_of(timeout):
-    """Until when, by time.monotonic(), a call with this timeout may wait."""
-    if timeout is None:
-        return math.inf
-    if not isinstance(timeout, Real) or not timeout >= 0:  # NaN too
-        raise ValueError(f"timeout is {timeout!r}: give seconds, 0 not to wait, None to wait for ever")
-    return time.monotonic() + timeout if timeout else 0.0
-
-
-def closed_error():
-    return OSError(EBADF, "the Receiver is closed")

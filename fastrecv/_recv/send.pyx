@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy
 
 from fastrecv._recv.arena import ENDPOINT
-from fastrecv._recv.receive import closed_error, deadline_of
+from fastrecv._recv.door import closed_error, deadline_of
 
 cimport numpy as cnp
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, Unpack
 
 from fastrecv._recv import Batch
 from fastrecv.adapters.sending import Sender
+from fastrecv.backend import ReceiverBackend
 from fastrecv.options import Options
 from fastrecv.receiver import Receiver
 from fastrecv.sockets import Address
@@ -152,7 +153,7 @@ class Transport(Sender):
         self,
         loop: asyncio.AbstractEventLoop,
         sock: socket.socket,
-        receiver: Receiver,
+        receiver: ReceiverBackend,
         protocol: asyncio.BaseProtocol,
         remote: Address | None,
         started: asyncio.Future[None],

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from fastrecv._recv import ENDPOINT
-from fastrecv.receiver import Receiver
+from fastrecv.backend import ReceiverBackend
 from fastrecv.sockets import Address
 
-__all__ = ["Sender"]
+__all__ = ["Sender", "endpoint_name"]
 
 _OUTBOX = 256  # replies that are collected at most: what one sendmmsg(2) of _recv takes
 _OVERHEAD = 8  # bytes that a buffered datagram counts beside its own, so that empty ones fill the buffer, too
@@ -40,7 +40,7 @@ class Sender(asyncio.DatagramTransport):
         self,
         loop: asyncio.AbstractEventLoop,
         sock: socket.socket,
-        receiver: Receiver,
+        receiver: ReceiverBackend,
         protocol: asyncio.BaseProtocol,
         remote: Address | None,
     ) -> None:
@@ -52,7 +52,7 @@ class Sender(asyncio.DatagramTransport):
         )
         self._loop = loop
         self._sock = sock
-        self._fd = sock.fileno()
+        self._fd = self._out = sock.fileno()
         self._family = int(sock.family)
         self._receiver = receiver
         self._remote = remote
@@ -106,18 +106,7 @@ class Sender(asyncio.DatagramTransport):
         """The address as _recv takes it; None where the socket module has to look at it: host names, mistakes."""
         if self._connected:
             return b""
-        try:
-            if self._family == socket.AF_INET:
-                host, port = address
-                return _FOUR.pack(0xFFFF, socket.inet_pton(socket.AF_INET, host), port, socket.AF_INET, 0)
-            if self._family == socket.AF_INET6:
-                host, port, flow, scope = (*address, 0, 0)[:4]
-                row = _SIX.pack(socket.inet_pton(socket.AF_INET6, host), port, socket.AF_INET6, scope)
-                return None if flow else row
-            path = os.fsencode(address)
-        except (OSError, TypeError, ValueError, struct.error):
-            return None
-        return path if 0 < len(path) < _LONGEST else None
+        return endpoint_name(self._family, address)
 
     def _flush(self) -> None:
         """Send what was collected, in order; one that is refused is reported, and the others go on."""
@@ -165,7 +154,7 @@ class Sender(asyncio.DatagramTransport):
         if self._lost:  # by what error_received did
             return
         if not self._buffer:
-            self._loop.add_writer(self._fd, self._write_ready)
+            self._loop.add_writer(self._out, self._write_ready)
         self._buffer.append((data, address))
         self._size += len(data) + _OVERHEAD
         self._pause_writing()
@@ -190,7 +179,7 @@ class Sender(asyncio.DatagramTransport):
             self._writing_paused = False
             self._call("resume_writing")
         if not self._buffer:
-            self._loop.remove_writer(self._fd)
+            self._loop.remove_writer(self._out)
             if self._closing:
                 self._lose(None)
 
@@ -235,7 +224,7 @@ class Sender(asyncio.DatagramTransport):
     def _lose(self, error: Exception | None) -> None:
         if not self._lost:
             self._lost = True
-            self._loop.remove_writer(self._fd)
+            self._loop.remove_writer(self._out)
             self._loop.call_soon(self._connection_lost, error)
 
     def _connection_lost(self, error: Exception | None) -> None:
@@ -278,6 +267,22 @@ class Sender(asyncio.DatagramTransport):
         if self._sock is not None:
             warnings.warn(f"unclosed transport {self!r}", ResourceWarning, source=self, stacklevel=2)
             self._release()
+
+
+def endpoint_name(family: int, address: Any) -> bytes | None:
+    """An address as _recv takes it, a row of ENDPOINT or a path; None for what is none of this family."""
+    try:
+        if family == socket.AF_INET:
+            host, port = address
+            return _FOUR.pack(0xFFFF, socket.inet_pton(socket.AF_INET, host), port, socket.AF_INET, 0)
+        if family == socket.AF_INET6:
+            host, port, flow, scope = (*address, 0, 0)[:4]
+            row = _SIX.pack(socket.inet_pton(socket.AF_INET6, host), port, socket.AF_INET6, scope)
+            return None if flow else row
+        path = os.fsencode(address)
+    except (OSError, TypeError, ValueError, struct.error):
+        return None
+    return path if 0 < len(path) < _LONGEST else None
 
 
 def _limits(high: int | None, low: int | None) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,6 +19,9 @@ from fastrecv.bench.runner import NEEDS
 from tests.kernel.balancing import group
 from tests.kernel.commands import Command
 from tests.kernel.steering import SCRIPTED, UDP, Compile, Stage, staged
+
+if TYPE_CHECKING:
+    from tests.kernel.cable import Cable
 
 HERE = Path(__file__).parent
 RCU = Path("/sys/kernel/rcu_expedited")
@@ -96,6 +100,15 @@ def compiled(compile_bpf: Compile) -> bytes:
 @pytest.fixture
 def stage(compiled: bytes) -> Iterator[Stage]:
     with staged(compiled) as made:
+        yield made
+
+
+@pytest.fixture
+def cable() -> Iterator[Cable]:
+    """Two namespaces joined by a veth; the test is in the near one."""
+    from tests.kernel.cable import laid  # needs libxdp, which few tests do
+
+    with laid() as made, made.near:
         yield made
 
 

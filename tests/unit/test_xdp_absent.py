@@ -1,0 +1,46 @@
+"""AF_XDP is optional: without libxdp everything else works, and asking for it says what to install."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import fastrecv
+
+ABSENT = """
+import sys
+sys.modules["fastrecv._xsk"] = None
+import fastrecv
+from fastrecv import Receiver, features
+with Receiver.open(("127.0.0.1", 0)) as receiver:
+    print(receiver.reason)
+try:
+    fastrecv.XdpReceiver
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_libxdp_the_socket_is_there_and_the_cure_is_named() -> None:
+    reason, raised = run(ABSENT)
+    assert reason == raised
+    assert "install libxdp 1.2 or newer (Debian: libxdp1)" in raised
+    assert "apt install libxdp-dev and build again" in raised
+
+
+def test_the_receive_core_does_not_load_libxdp() -> None:
+    command = "import fastrecv, sys; print([name for name in sys.modules if 'xsk' in name or '_bpf' in name])"
+    assert run(command) == ["[]"]
+
+
+def run(script: str) -> list[str]:
+    """The lines that it prints."""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_what_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'fastrecv' has no attribute 'Nothing'"):
+        _ = fastrecv.Nothing
