@@ -13,16 +13,15 @@ from typing import Any
 
 from fastrecv.bench.numbered import NUMBERED
 
-__all__ = ["FOLDER", "HANDLER", "HANG", "ROWS", "Recorder"]
+__all__ = ["DWELL", "FOLDER", "HANDLER", "HANG", "ROWS", "Recorder"]
 
 FOLDER = "FASTRECV_RECORDS"
 HANDLER = f"{__name__}:Recorder"
 HANG = "hang"
 """A file of this name in the folder: whoever removes it hangs, with a batch in its hands."""
+DWELL = "FASTRECV_DWELL"
+"""Seconds with each batch, in the environment: so that who is killed mostly has one in his hands."""
 ROWS = ".rows"
-
-
-_DWELL = 0.001  # seconds with each batch, so that who is killed mostly has one in his hands
 
 
 class Recorder:
@@ -31,6 +30,7 @@ class Recorder:
     def start(self) -> None:
         folder = Path(os.environ[FOLDER])
         self._hang = folder / HANG
+        self._dwell = float(os.environ.get(DWELL, "0"))
         path = folder / f"{os.getpid()}{ROWS}"
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
 
@@ -38,7 +38,8 @@ class Recorder:
         try:
             os.unlink(self._hang)  # noqa: PTH108 - a call a batch is to cost little
         except FileNotFoundError:
-            time.sleep(_DWELL)
+            if self._dwell:
+                time.sleep(self._dwell)
             os.write(self._fd, batch.records(NUMBERED).tobytes())
         else:
             while True:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastrecv.bench.numbered import NumberedSource
 from fastrecv.bench.survive_churn import Action
-from fastrecv.bench.survive_recorder import FOLDER, HANDLER, HANG
+from fastrecv.bench.survive_recorder import DWELL, FOLDER, HANDLER, HANG
 from fastrecv.bench.survive_service import READS, Service
 
 __all__ = ["BATCH", "BUFFER", "TIMEOUT", "Supervised"]
@@ -36,6 +36,7 @@ _SAYS = {
 _ROUNDS = 3  # datagrams of every sender between two changes, so that it is known who has it
 _QUICK = 1.2  # seconds of reading: who is killed earlier may have died at once
 _QUICKLY = 3  # times one after the other; two more and the supervisor gives the worker up, as it shall
+_DWELL = 0.001  # seconds
 _SPREAD = 2  # workers more or less than there were
 _PATIENCE = 30.0  # seconds
 
@@ -63,7 +64,7 @@ class Supervised:
         self._line = ""
         self.service = Service(
             folder, HANDLER, "-w", workers, "--batch-size", BATCH, "--receive-buffer", BUFFER, "--timeout", TIMEOUT,
-            environment={FOLDER: str(folder)}, start_new_session=True,
+            environment={FOLDER: str(folder), DWELL: str(_DWELL)}, start_new_session=True,
         )  # fmt: skip
         try:
             self.service.begun(workers)

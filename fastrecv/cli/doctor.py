@@ -16,7 +16,11 @@ MISSING = 77
 
 
 @click.command()
-@click.argument("part", type=click.Choice(["steering", "bench"]), required=False)
+@click.argument(
+    "part",
+    type=click.Choice(sorted({feature.part for feature in features.FEATURES.values()} - {"all"})),
+    required=False,
+)
 @output.json_option
 @click.pass_context
 def doctor(context: click.Context, part: str | None, as_json: bool) -> None:

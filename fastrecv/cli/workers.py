@@ -22,7 +22,7 @@ __all__ = ["CONTROL_OPTION", "span", "the_service", "workers"]
 _LOOK = 0.1  # seconds between two looks at what becomes of it
 
 CONTROL_OPTION = click.option(
-    "--control", "given", type=click.Path(path_type=Path), metavar="PATH",
+    "--control", "given", type=click.Path(readable=False, path_type=Path), metavar="PATH",
     help="The service's control socket.  [default: that of the only service]",
 )  # fmt: skip
 

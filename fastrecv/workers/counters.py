@@ -51,6 +51,7 @@ STATES = ("idle", "reading", "stopped")
 _PID, _STATE, _HEARTBEAT, _DATAGRAMS, _BYTES, _BATCHES, _TRUNCATED, _HANDLED, _HANDLER_NS, _FAILED, _ERRORS, _KILLED, \
     _STARTS, _SNAPSHOT, _DEATHS, _CLOSED_DROPS = range(len(_WORDS))  # fmt: skip
 _LENGTH = MAX_WORKERS * ROW.itemsize
+_MASK = (1 << 64) - 1
 
 
 class Counters:
@@ -97,11 +98,15 @@ class Row:
         self._words = words
         self._before = words[_DATAGRAMS], words[_BYTES], words[_BATCHES], words[_TRUNCATED]
 
+    def _add(self, word: int, count: int) -> None:
+        """By the supervisor, whom no worker can end by what he has written here: it goes round."""
+        self._words[word] = (self._words[word] + count) & _MASK
+
     def begin(self, pid: int) -> None:
         """A worker is about to read; the supervisor says so, and then the row is the worker's."""
         words = self._words
         words[_PID], words[_HEARTBEAT], words[_STATE] = pid, time.monotonic_ns(), STATES.index("reading")
-        words[_STARTS] += 1
+        self._add(_STARTS, 1)
 
     def beat(self, now: int) -> None:
         """A sign of life; now : time.monotonic_ns()."""
@@ -140,17 +145,17 @@ class Row:
     def settle(self) -> int:
         """After a death: how many datagrams the worker had in its hands."""
         lost = self.in_hands
-        self._words[_KILLED] += lost
+        self._add(_KILLED, lost)
         self._words[_STATE] = STATES.index("idle")
         return lost
 
     def died(self) -> None:
         """A worker of this slot has ended otherwise than told, whether it has read or not."""
-        self._words[_DEATHS] += 1
+        self._add(_DEATHS, 1)
 
     def closed(self, drops: int) -> None:
         """A socket of this slot is being closed, at which the kernel has dropped so many datagrams."""
-        self._words[_CLOSED_DROPS] += drops
+        self._add(_CLOSED_DROPS, drops)
 
     @property
     def snapshot(self) -> int:

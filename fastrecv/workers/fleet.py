@@ -24,6 +24,9 @@ from fastrecv.workers.steering import Steering
 __all__ = ["Fleet", "Record"]
 
 
+_REST = 1.0  # seconds
+
+
 class Record(msgspec.Struct, frozen=True):
     """What the next supervisor of the same process id must know. rolling : numbers of slots; rolled : a process."""
 
@@ -56,6 +59,7 @@ class Fleet:
         self._rolling: deque[Slot] = deque()
         self._rolled: Process | None = None
         self._sharing: set[int] = set()
+        self._share_at = 0.0
 
     def hold(self, members: list[socket.socket], passed: list[socket.socket]) -> None:
         """Take the sockets, which all have senders. passed : those that are another's."""
@@ -186,6 +190,8 @@ class Fleet:
             if not slot.own:
                 continue
             self._steering.leave(number, slot.sock)  # or it could take the datagrams of all
+            if slot.reader is None or slot.reader.told is not None:
+                continue  # its queue is to have a reader before it is given up
             others = [other.sock for other in self.slots if other is not slot]
             try:
                 slot.renew(opening.another(self._settings, [*others, slot.sock]))
@@ -237,7 +243,8 @@ class Fleet:
                 self._fails(f"worker {last.number} stays: nobody else could take its senders")
                 self.wanted = len(self.slots)
                 return
-            self._share(last)  # before its queue is read to its end
+            if not self._share(last):  # before its queue is read to its end
+                return
             if last.own:
                 self._steering.leave(last.number, last.sock)
             last.leave()
@@ -280,13 +287,25 @@ class Fleet:
             if not (slot is but or slot.leaving or slot.new or (slot.given_up and moving))
         }  # fmt: skip
 
-    def _share(self, but: Slot | None = None) -> None:
-        """Let those have senders who are to have them, where it is not so; an only one keeps what nobody else takes."""
+    def _share(self, but: Slot | None = None) -> bool:
+        """Let those have senders who are to have them, where it is not so; an only one keeps what nobody else takes.
+
+        False where the kernel refuses it now: it is asked again after a while.
+        """
         wanted = self._sharers(but)
         if not wanted or wanted == self._sharing:
-            return
+            return True
+        if time.monotonic() < self._share_at:
+            return False
+        try:
+            shared = self._steering.share(wanted, self.slots[0].sock)
+        except OSError as error:
+            self._share_at = time.monotonic() + _REST
+            self._log.error("the senders stay as they are for now: %s", error.strerror or error)
+            return False
         self._sharing = wanted
-        if self._steering.share(wanted, self.slots[0].sock):
+        if shared:
             self._log.info("workers %s share the senders", ", ".join(map(str, sorted(wanted))))
         else:
             self._log.warning("without a balancer no senders move: those of workers that were given up wait")
+        return True

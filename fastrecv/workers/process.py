@@ -23,6 +23,8 @@ __all__ = ["ALONE", "Process", "Record", "State", "ending", "executed", "exit_st
 ALONE = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """Environment of workers: threads of numpy's linear algebra would be there before capabilities are given up."""
 
+_AT_ONCE = 16  # words: who says more waits for the loop's next turn
+
 State = Literal["starting", "ready", "reading", "stopped", "dead"]
 
 
@@ -121,7 +123,7 @@ class Process:
     def heard(self) -> list[str]:
         """What it has said since; its state follows."""
         said: list[str] = []
-        while True:
+        for _ in range(_AT_ONCE):
             try:
                 word = self._orders.recv(LONGEST).decode(errors="replace")
             except (BlockingIOError, ConnectionResetError):
@@ -135,6 +137,7 @@ class Process:
                 self.failure = rest
             elif kind in ("ready", "stopped"):
                 self.state = kind  # type: ignore[assignment] # two of its states
+        return said
 
     def kill(self) -> None:
         """SIGKILL; for another user's it takes CAP_KILL."""

@@ -188,7 +188,8 @@ class Steering:
         if self.guard is not None:
             self.guard.close()
         if self._kept is not None and self._by is not None:
-            reuseport.detach(self._kept)
+            with contextlib.suppress(SocketRefusedError):  # its worker has connected it: it is in no group any more
+                reuseport.detach(self._kept)
         if isinstance(self._by, Balancer):
             self._by.close()
 
