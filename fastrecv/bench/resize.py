@@ -27,7 +27,7 @@ from fastrecv.balance import Balancer
 from fastrecv.bench import environment
 from fastrecv.bench.lab import private_bpffs
 from fastrecv.bench.numbered import MAX_SENDERS, NUMBERED, NumberedSource, sender, udp_counters
-from fastrecv.bench.survive_account import Owners, misdirected, repeated
+from fastrecv.bench.survive_account import Owners, astray, repeated
 from fastrecv.modulo import Modulo
 from fastrecv.netns import Namespace
 from fastrecv.policies import Policy
@@ -219,7 +219,7 @@ def _account(
     full, refused = counters["RcvbufErrors"] + counters["MemErrors"], counters["NoPorts"]
     unique = len(rows) - repeated(rows)
     return Account(
-        method, senders, seconds, sent, len(rows), len(rows) - unique, misdirected(rows, slots, phases), full, refused,
+        method, senders, seconds, sent, len(rows), len(rows) - unique, len(astray(rows, slots, phases)), full, refused,
         sent - unique - full - refused, steps,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastrecv.bench import survive_account
 from fastrecv.bench.numbered import NumberedSource, udp_counters
-from fastrecv.bench.survive_account import Account, Readers, Step
+from fastrecv.bench.survive_account import Account, Readers, Step, Stray
 from fastrecv.bench.survive_baselines import Kind, Usual
 from fastrecv.bench.survive_churn import ACTIONS, Action, Due, Pace, Pattern, calm, drive, schedule
 from fastrecv.bench.survive_service import ADDRESS, PORT, namespace
@@ -49,8 +49,8 @@ class Run(NamedTuple):
     """What came of it.
 
     waited : the share of the time that the source waited for queues. done : what was done, how often. deaths : of
-    workers, which may have had datagrams in their hands. misdirected : datagrams. unknown : how often nobody was seen
-    to have a sender between two changes. faults : what is wrong. readers : of `fastrecv run`.
+    workers, which may have had datagrams in their hands. misdirected : datagrams; strays : the first of them. unknown :
+    how often nobody was seen to have a sender between two changes. faults : what is wrong. readers : of `fastrecv run`.
     """
 
     title: str
@@ -64,6 +64,7 @@ class Run(NamedTuple):
     steps: list[Step]
     faults: list[str]
     readers: Readers = Readers(0, 0)
+    strays: Sequence[Stray] = ()
 
     @property
     def rate(self) -> float:
@@ -122,8 +123,8 @@ def _measure(
     return Run(
         pattern.title, seconds, pace.waited, dict(pattern.done), pattern.deaths,
         survive_account.account(sent, udp_counters(space), rows, *pattern.totals(rows)),
-        survive_account.misdirected(rows, slots, phases), sum(int(np.count_nonzero(phase < 0)) for phase in phases),
-        survive_account.steps(pattern.changes, phases), [],
+        len(survive_account.astray(rows, slots, phases)), sum(int(np.count_nonzero(phase < 0)) for phase in phases),
+        survive_account.steps(pattern.changes, phases), [], strays=survive_account.strays(rows, slots, phases),
     )  # fmt: skip
 
 

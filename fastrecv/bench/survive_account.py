@@ -12,14 +12,32 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LATE", "Account", "Owners", "Readers", "Step", "account", "misdirected", "moved", "owners", "readers",
-           "repeated", "steps"]  # fmt: skip
+__all__ = [
+    "LATE",
+    "MOST_STRAYS",
+    "Account",
+    "Owners",
+    "Readers",
+    "Step",
+    "Stray",
+    "account",
+    "astray",
+    "moved",
+    "owners",
+    "readers",
+    "repeated",
+    "steps",
+    "strays",
+]
 
 Owners = NDArray[np.int64]
 """The slot of every sender; -1 where it is not known. (senders,)"""
 
 LATE = 1000
 """How many datagrams the kernel may keep for later (net.core.netdev_max_backlog, Documentation/admin-guide/sysctl)."""
+
+MOST_STRAYS = 5
+"""That are told apart."""
 
 
 class Account(NamedTuple):
@@ -52,6 +70,18 @@ class Account(NamedTuple):
     def in_hands(self) -> int:
         """Taken and neither handled nor failed: in the hands of workers that died."""
         return self.taken - self.handled - self.failed
+
+
+class Stray(NamedTuple):
+    """A datagram, the phase that it was sent in, the slot that recorded it, and those that had its sender before and
+    after the next change.
+    """
+
+    sender: int
+    number: int
+    phase: int
+    slot: int
+    owners: list[int]
 
 
 class Step(NamedTuple):
@@ -108,14 +138,14 @@ def owners(rows: NDArray[np.void], slots: NDArray[np.int64], senders: int, phase
     return found
 
 
-def misdirected(rows: NDArray[np.void], slots: NDArray[np.int64], phases: Sequence[Owners]) -> int:
-    """How many were recorded by a slot that was not their sender's.
+def astray(rows: NDArray[np.void], slots: NDArray[np.int64], phases: Sequence[Owners]) -> NDArray[np.int64]:
+    """Which rows were recorded by a slot that was not their sender's.
 
     phases : the owners in every even phase; where one is not known nobody is wrong. In an odd phase the owners before
     and after will do, and for the last datagrams of the even phase before it, too: those that the kernel may have kept
     for later.
     """
-    wrong = 0
+    wrong = [np.zeros(0, np.int64)]
     for phase in range(2 * len(phases) - 1):
         chosen = np.flatnonzero(rows["phase"] == phase)
         had = rows["sender"][chosen]
@@ -126,8 +156,18 @@ def misdirected(rows: NDArray[np.void], slots: NDArray[np.int64], phases: Sequen
                 order = rows["number"][chosen].astype(np.int64) << 32 | had
                 late &= order >= np.partition(order, -LATE)[-LATE] if len(order) > LATE else True
             right |= late
-        wrong += int(np.count_nonzero(~right))
-    return wrong
+        wrong.append(chosen[~right])
+    return np.concatenate(wrong)
+
+
+def strays(rows: NDArray[np.void], slots: NDArray[np.int64], phases: Sequence[Owners]) -> list[Stray]:
+    """The first of those that went astray."""
+    found = []
+    for row in astray(rows, slots, phases)[:MOST_STRAYS].tolist():
+        sender, number, phase = rows[row].item()
+        around = [int(owner[sender]) for owner in phases[phase // 2 : phase // 2 + 2]]
+        found.append(Stray(sender, number, phase, int(slots[row]), around))
+    return found
 
 
 def readers(

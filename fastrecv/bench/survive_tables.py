@@ -34,6 +34,12 @@ def described(run: Run) -> str:
         share = f"x {moved / ideal:.2f} of the ideal, x {worst:.2f} at worst"
         lines.append(f"  {len(resized)} resizes moved {moved:,} senders, {share}")
     lines += [f"  FAULT: {fault}" for fault in run.faults]
+    if run.faults:
+        lines += [
+            f"    datagram {stray.number} of sender {stray.sender}, sent in phase {stray.phase}, came to {stray.slot}; "
+            f"its workers before and after the next change: {', '.join(map(str, stray.owners))}"
+            for stray in run.strays
+        ]
     return "\n".join(lines)
 
 

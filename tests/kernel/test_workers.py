@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fastrecv.bench.numbered import NumberedSource
-from fastrecv.bench.survive_account import misdirected
+from fastrecv.bench.survive_account import strays
 from fastrecv.netns import Namespace
 from tests.kernel.supervising import ADDRESS, BATCH, PORT, finished, namespace, recording, until
 
@@ -84,7 +84,7 @@ def test_a_worker_more_and_one_less_move_the_fewest_senders_and_lose_nothing(ns:
     assert found.sent == found.taken == found.handled == found.recorded > 5 * MANY
     taken, by = service.recorded()
     owners = [_owners(taken, by, phase) for phase in (0, 2, 4)]
-    assert misdirected(taken, by, owners) == 0
+    assert strays(taken, by, owners) == []
     for before, after in pairwise(owners):
         assert np.count_nonzero(before != after) <= 1.15 * MANY / 4  # a quarter of the buckets moves
 

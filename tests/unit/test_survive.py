@@ -57,7 +57,7 @@ class Story:
         run = Run(
             "a story", 1.0, 0.0, {}, self.deaths,
             survive_account.account(self.sent, counters, self.rows, handled, 0, self.killed),
-            survive_account.misdirected(self.rows, self.slots, phases), sum(int((phase < 0).sum()) for phase in phases),
+            len(survive_account.astray(self.rows, self.slots, phases)), sum(int((phase < 0).sum()) for phase in phases),
             survive_account.steps([("resize", 3, 4)], phases), [],
         )  # fmt: skip
         return survive.faults(run)
