@@ -33,7 +33,7 @@ _SAYS = {
     "taken over": "took over",
     "no more": "ERROR   supervisor: no worker more",
 }
-_ROUNDS = 3  # datagrams of every sender between two changes, so that it is known who has it
+_ROUNDS = 10  # datagrams of every sender between two changes: most of them say who has it, though some may be lost
 _QUICK = 1.2  # seconds of reading: who is killed earlier may have died at once
 _QUICKLY = 3  # times one after the other; two more and the supervisor gives the worker up, as it shall
 _DWELL = 0.001  # seconds
