@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from resource import RUSAGE_THREAD, getrusage
 
 import numpy as np
 
@@ -149,10 +150,14 @@ def _window(contender: Contender, wire: Wire, rate: float, seconds: float, numbe
     packets = max(round(rate * seconds / BURST), 2) * BURST
     with _opened(contender, wire) as opened, _steady():
         before, arrived = opened.lost(), wire.lab.received()
+        preempted = getrusage(RUSAGE_THREAD).ru_nivcsw
         sent, ns, received = wire.offer(source, packets, rate, opened.run)
+        preempted = getrusage(RUSAGE_THREAD).ru_nivcsw - preempted
         lost = {name: count - before[name] for name, count in opened.lost().items()}
         arrived = wire.lab.received() - arrived
-    return Window(round=number, asked=rate, ns=ns, sent=sent, arrived=arrived, received=received, lost=lost)
+    return Window(
+        round=number, asked=rate, ns=ns, sent=sent, arrived=arrived, received=received, lost=lost, preempted=preempted
+    )
 
 
 def _drain(contender: Contender, wire: Wire) -> int:

@@ -21,6 +21,7 @@ __all__ = ["LOSSES", "TARGETS", "Ratio", "Row", "Target", "Window", "XdpResult",
 LOSSES = (0.0, 0.001, 0.01)
 _JUDGED = 0.001
 """The loss at which ratios are stated and judged."""
+_DISTURBED = 0.05  # of the windows
 
 
 class _Record(msgspec.Struct, forbid_unknown_fields=True):
@@ -44,7 +45,8 @@ TARGETS = (
 class Window(_Record, kw_only=True):
     """So many frames offered to one contender. asked : frames a second. ns : from one to the next, as they were sent.
 
-    arrived : at the interface. lost : by counter of the kernel.
+    arrived : at the interface. lost : by counter of the kernel. preempted : how often another task took the reader's
+    CPU from it (ru_nivcsw, getrusage(2)).
     """
 
     round: int
@@ -54,6 +56,7 @@ class Window(_Record, kw_only=True):
     arrived: int
     received: int
     lost: dict[str, int]
+    preempted: int = 0
 
     @property
     def offered(self) -> float:
@@ -150,7 +153,7 @@ class XdpResult(_Record, kw_only=True):
 
 
 def judge(result: XdpResult) -> None:
-    """Fill in ratios and gates from what was measured."""
+    """Fill in ratios, gates and what makes them doubtful, from what was measured."""
     result.gates.append(_exact(result.rows))
     by_name = {row.name: row for row in result.rows}
     pairs = [(row.name, row.name.replace("xdp", "socket", 1)) for row in result.rows if row.of == "xdp"]
@@ -158,6 +161,13 @@ def judge(result: XdpResult) -> None:
         if found := _ratio(by_name[name], by_name[reference]):
             result.ratios.append(found)
     result.gates += [_judged(target, result) for target in TARGETS]
+    windows = [window for row in result.rows for window in row.windows]
+    disturbed = sum(window.preempted > 0 for window in windows)
+    if disturbed > _DISTURBED * len(windows):
+        result.warnings.append(
+            f"other tasks took the reader's CPU in {disturbed:,} of {len(windows):,} windows, and what a ring or queue "
+            "had no room for meanwhile was lost: measure on a quiet machine"
+        )
 
 
 def _exact(rows: Iterable[Row]) -> Gate:

@@ -119,6 +119,16 @@ def test_a_window_that_does_not_add_up_fails_the_run() -> None:
     assert gate.detail.startswith("round 2, socket-c at 1,000,000/s: 10,000 sent, 10,000 arrived, 9,999 received")
 
 
+@pytest.mark.parametrize(("every", "warned"), [(1, True), (18, True), (37, False)])
+def test_a_reader_that_shares_its_cpu_is_a_warning(every: int, warned: bool) -> None:
+    measured = result()
+    windows = [window for row in measured.rows for window in row.windows]
+    for one in windows[::every][: len(windows) // every]:
+        one.preempted = 3
+    judge(measured)
+    assert [f"in {36 // every} of 36 windows" in text for text in measured.warnings] == [True] * warned
+
+
 def test_what_is_printed_says_rates_ratios_losses_and_gates() -> None:
     measured = result(xdp=2_500_000, xdp_c=5_000_000)
     judge(measured)
