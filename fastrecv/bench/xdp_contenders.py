@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from fastrecv import Batch, Receiver, sockets
 from fastrecv.bench.decoders import NETFLOW
@@ -45,11 +45,11 @@ class Batches(Protocol):
     def recv(self, timeout: float | None = None) -> Batch: ...
 
 
-class Opened(Protocol):
+class Opened(NamedTuple):
     """One that receives. run : until `stop`, and what is queued then; how many. lost : by counters of the kernel."""
 
-    def run(self, stop: Stop) -> int: ...
-    def lost(self) -> dict[str, int]: ...
+    run: Callable[[Stop], int]
+    lost: Callable[[], dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,6 @@ class Contender:
     of: Literal["socket", "xdp"]
     open: Callable[[Lab, Flood], AbstractContextManager[Opened]]
     traffic: Traffic = "plain"
-
-
-@dataclass(frozen=True)
-class _Taking:
-    """A receiver at some work, or a loop of C."""
-
-    work: Callable[[Stop], int]
-    counters: Callable[[], dict[str, int]]
-
-    def run(self, stop: Stop) -> int:
-        return self.work(stop)
-
-    def lost(self) -> dict[str, int]:
-        return self.counters()
 
 
 @contextlib.contextmanager
@@ -156,7 +142,7 @@ def _at(
     lab: Lab, flood: Flood, *, of: Literal["socket", "xdp"], work: Callable[[Batches, Stop], int]
 ) -> Iterator[Opened]:
     with RECEIVERS[of](lab, flood) as (receiver, lost):
-        yield _Taking(partial(work, receiver), lost)
+        yield Opened(partial(work, receiver), lost)
 
 
 @contextlib.contextmanager
@@ -176,7 +162,7 @@ def _socket_loop(lab: Lab, flood: Flood) -> Iterator[Opened]:
                 if not found:
                     poll.poll(1000 * _GLANCE)
 
-        yield _Taking(run, partial(_dropped, sock))
+        yield Opened(run, partial(_dropped, sock))
 
 
 @contextlib.contextmanager
@@ -192,7 +178,7 @@ def _xdp_loop(lab: Lab, flood: Flood) -> Iterator[Opened]:
             outcomes = redirect.outcomes()
             return {"no frame or ring full": loop.lost, "passed": sum(outcomes.values()) - outcomes["taken"]}
 
-        yield _Taking(partial(loop.run, _BATCH), lost)
+        yield Opened(partial(loop.run, _BATCH), lost)
 
 
 CONTENDERS = (
