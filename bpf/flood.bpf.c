@@ -3,7 +3,8 @@
  * The bench's traffic source: gives every frame of a BPF_PROG_RUN the next source port and a correct
  * checksum, then the verdict of the measurement that runs: XDP_PASS into the stack of this namespace,
  * XDP_TX to the peer of the device, or XDP_DROP to see what the source alone costs. A spread flood has a
- * source address, a destination address and a payload for every source as well.
+ * source address, a destination address and a payload for every source as well. A paced one waits until its frames are
+ * due.
  *
  * It runs on one CPU at a time, so its counters need no atomics.
  */
@@ -25,6 +26,14 @@ const volatile __u32 destination_offset; /* to the same of the destination addre
 const volatile __u32 payload_offset;     /* 0: none */
 const volatile __u32 header_offset;      /* to the checksum of an IPv4 header; 0: IPv6, which has none */
 const volatile __u32 header_sum;         /* one's complement sum of that header, with what is written taken as 0 */
+
+/* Of a paced flood: frames leave in bursts, as many as one softirq section of BPF_PROG_RUN sends (batch_size). */
+#define BURST 64
+#define LONGEST (1 << 20) /* looks at the clock, tens of nanoseconds each: no wait is endless */
+const volatile __u32 paced;
+volatile __u64 gap; /* ns from the beginning of one burst to that of the next */
+volatile __u64 due; /* when the next one is to begin; 0: it is the first */
+__u64 began, latest; /* when the first one and the last one began */
 
 /* One's complement sum of all the transport checksum covers, with what is written taken as 0 (RFC 1071). */
 volatile __u32 partial_sum;
@@ -64,6 +73,31 @@ static __always_inline long spread_out(struct xdp_md *ctx, __u16 word, __u16 to)
 	return 2 * word + to;
 }
 
+static long is_due(__u32 looked, void *context)
+{
+	return bpf_ktime_get_ns() >= due;
+}
+
+/* What is late begins anew: a burst that made up for it would be the source's own doing, not the offered rate. */
+static __always_inline void wait_for_burst(void)
+{
+	__u64 now;
+
+	if (frames % BURST)
+		return;
+	now = bpf_ktime_get_ns();
+	if (!due)
+		began = now;
+	if (now < due) {
+		bpf_loop(LONGEST, is_due, NULL, 0);
+		now = bpf_ktime_get_ns();
+	} else if (now > due + gap) {
+		due = now;
+	}
+	due += gap;
+	latest = now;
+}
+
 SEC("xdp")
 int flood(struct xdp_md *ctx)
 {
@@ -75,6 +109,9 @@ int flood(struct xdp_md *ctx)
 
 	if ((void *)(port + 1) > end || (void *)(checksum + 1) > end)
 		return XDP_ABORTED; /* user space gave a frame shorter than its headers */
+
+	if (paced)
+		wait_for_burst();
 
 	/*
 	 * Pages come back from the stack without being rewritten: all is written absolutely, never computed

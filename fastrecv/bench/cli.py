@@ -26,6 +26,7 @@ from fastrecv.bench import (
     steer_cli,
     survive_cli,
     workers_cli,
+    xdp_cli,
 )
 from fastrecv.bench.arguments import writable_file
 from fastrecv.bench.floods import FLOODS
@@ -207,6 +208,7 @@ bench.add_command(steer_cli.command)
 bench.add_command(survive_cli.command)
 bench.add_command(soak_cli.command)
 bench.add_command(workers_cli.command)
+bench.add_command(xdp_cli.command)
 
 
 def _terminate(number: int, _frame: FrameType | None) -> NoReturn:

@@ -38,6 +38,7 @@ from fastrecv.policies import Sender
 from fastrecv.sockets import drop_everything
 
 __all__ = [
+    "BURST",
     "DESTINATIONS",
     "FIRST_SOURCE_PORT",
     "FLOODS",
@@ -56,6 +57,7 @@ PORT = 9  # discard; the letter's port is not named
 FIRST_SOURCE_PORT = 1024
 MAX_SOURCES = 65536 - FIRST_SOURCE_PORT
 DESTINATIONS = 256  # of a spread flood
+BURST = 64  # frames that a paced flood sends at once: BURST of flood.bpf.c, the batch_size of run_live
 
 XDP_DROP, XDP_PASS, XDP_TX = 1, 2, 3  # enum xdp_action, include/uapi/linux/bpf.h
 
@@ -198,10 +200,10 @@ def open_sink(flood: Flood, lab: Lab) -> Iterator[socket.socket]:
 class Source(Closing):
     """The traffic source of one flood: the program flood.bpf.c with the flood's frame. A context manager.
 
-    Attributes: flood.
+    paced : frames leave when they are due, at the rate of `offer`. Attributes: flood.
     """
 
-    def __init__(self, flood: Flood, lab: Lab, sources: int) -> None:
+    def __init__(self, flood: Flood, lab: Lab, sources: int, *, paced: bool = False) -> None:
         self.flood, self._lab = flood, lab
         self._frame, port_offset, checksum_offset, self._partial_sum = flood.frame(lab)
         self._object: Object = packaged("flood")
@@ -211,6 +213,7 @@ class Source(Closing):
             port_offset=port_offset,
             checksum_offset=checksum_offset,
             partial_sum=self._partial_sum,
+            paced=int(paced),
             **flood.spreading(lab),
         )
         self._program = self._object.load().programs["flood"]
@@ -247,6 +250,21 @@ class Source(Closing):
         while (left := packets - (self.frames - before)) > 0:
             self._run(XDP_PASS, left)
         return self.frames - before
+
+    def offer(self, packets: int, rate: float) -> tuple[int, float]:
+        """Send so many frames out of far0 (XDP_TX), in its namespace, in bursts of BURST, `rate` frames a second.
+
+        The source must be paced. One that cannot keep up sends as fast as it can; what held it up it does not make up
+        for. packets : two bursts at least.
+
+        Returns how many were sent, by the program's own count, and the mean ns from one to the next, by its clock: the
+        kernel's `duration` leaves out when another task had the source's CPU, though a reader goes on meanwhile.
+        """
+        before = self.frames
+        self._object.set(gap=round(BURST * 1e9 / rate), due=0)
+        self.send(XDP_TX, packets)
+        sent = self.frames - before
+        return sent, int(self._object.get("latest") - self._object.get("began")) / (sent - BURST)
 
     def _run(self, verdict: int, packets: int) -> int | None:
         """One call into the kernel. None when it was interrupted: what was sent is in `frames`, the time is lost."""

@@ -15,23 +15,30 @@ from typing import Self
 
 from fastrecv.errors import NotSupported
 
-__all__ = ["CLoop", "compiled"]
+__all__ = ["CLoop", "compile_c", "compiled"]
+
+
+def compile_c(name: str, needs: str, *libraries: str) -> ctypes.CDLL:
+    """The library of a C file beside this one, linked to `libraries`. NotSupported without what it `needs`."""
+    with tempfile.TemporaryDirectory(prefix="fastrecv-") as folder:
+        source, target = Path(folder, name), Path(folder, name).with_suffix(".so")
+        source.write_bytes(files("fastrecv.bench").joinpath(name).read_bytes())
+        command = ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", str(target), str(source)]
+        command += [f"-l{library}" for library in libraries]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own source
+        except FileNotFoundError:
+            raise NotSupported("the C loop to compare with", needs, ENOENT, "no cc in PATH") from None
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["cc failed"])[0]
+            raise NotSupported("the C loop to compare with", needs, ENOENT, reason)
+        return ctypes.CDLL(str(target), use_errno=True)  # stays mapped when the file is gone
 
 
 @functools.cache
 def compiled() -> ctypes.CDLL:
     """The library of limit.c. NotSupported without a C compiler."""
-    with tempfile.TemporaryDirectory(prefix="fastrecv-") as folder:
-        source, target = Path(folder, "limit.c"), Path(folder, "limit.so")
-        source.write_bytes(files("fastrecv.bench").joinpath("limit.c").read_bytes())
-        command = ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", str(target), str(source)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own source
-        except FileNotFoundError:
-            raise NotSupported("the C loop to compare with", "a C compiler named cc", ENOENT, "no cc in PATH") from None
-        if done.returncode:
-            raise NotSupported("the C loop to compare with", "a C compiler named cc", ENOENT, done.stderr.strip())
-        library = ctypes.CDLL(str(target))  # stays mapped when the file is gone
+    library = compile_c("limit.c", "a C compiler named cc")
     library.limit_open.argtypes, library.limit_open.restype = [ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
     library.limit_close.argtypes, library.limit_close.restype = [ctypes.c_void_p], None
     library.limit_drain.argtypes, library.limit_drain.restype = [ctypes.c_void_p, ctypes.c_int], ctypes.c_long

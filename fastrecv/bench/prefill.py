@@ -13,10 +13,10 @@ from fastrecv import Receiver, sockets
 from fastrecv.bench.floods import FLOODS, PORT, Source
 from fastrecv.bench.lab import Lab
 
-__all__ = ["MAX_DATAGRAMS", "Injection", "Traffic", "Trains", "pattern"]
+__all__ = ["MAX_DATAGRAMS", "ROOM_EACH", "Injection", "Traffic", "Trains", "pattern"]
 
-# The kernel charges a live frame for its whole page and its headers, 4,240 bytes; it doubles what is asked for.
-_ROOM = 4096
+ROOM_EACH = 4096
+"""Bytes to ask for: the kernel charges a live frame for its whole page and its headers, 4,240; and doubles this."""
 MAX_DATAGRAMS = 100_000  # SO_RCVBUF ends at 2 GiB
 
 
@@ -40,7 +40,7 @@ def _open(lab: Lab, family: socket.AddressFamily, host: str, datagrams: int) -> 
     with lab.host:
         sock = socket.socket(family, socket.SOCK_DGRAM)
     sock.bind((host, PORT))
-    sockets.grow_receive_buffer(sock, datagrams * _ROOM)
+    sockets.grow_receive_buffer(sock, datagrams * ROOM_EACH)
     return sock
 
 

@@ -90,7 +90,8 @@ def test_the_sdist_has_sources_and_objects_and_nothing_built_for_this_machine(sd
     assert names >= OBJECTS | {f"bpf/{path.name}" for path in (ROOT / "bpf").iterdir()}
     assert names >= {"LICENSE", "README.md", "fastrecv/_bpf/maps.pyx", "fastrecv/_bpf/libbpf.pxd", "fastrecv/py.typed",
                      "fastrecv/_recv/batch.pyx", "fastrecv/_recv/linux.pxd", "fastrecv/bench/letter.toml",
-                     "fastrecv/bench/limit.c", "fastrecv/bench/report.html.j2"}  # fmt: skip
+                     "fastrecv/bench/limit.c", "fastrecv/bench/report.html.j2",
+                     "fastrecv/bench/xsk_limit.c"}  # fmt: skip
     ours = ("bpf/", "fastrecv/bench/", "tests/")
     assert not [name for name in names if name.endswith((".so", ".c")) and not name.startswith(ours)]
 
@@ -100,7 +101,7 @@ def test_the_wheel_has_objects_data_and_types(wheel: Path) -> None:
         names = set(archive.namelist())
     assert names >= OBJECTS | {"fastrecv/py.typed", "fastrecv/_bpf/__init__.pyi", "fastrecv/_recv/__init__.pyi",
                                "fastrecv/adapters/asyncio.py", "fastrecv/bench/letter.toml", "fastrecv/bench/limit.c",
-                               "fastrecv/bench/report.html.j2"}  # fmt: skip
+                               "fastrecv/bench/report.html.j2", "fastrecv/bench/xsk_limit.c"}  # fmt: skip
     assert not [name for name in names if name.startswith(("tests/", "bench/", "bpf/"))]
 
 
