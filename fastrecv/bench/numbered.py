@@ -33,8 +33,9 @@ MAX_SENDERS = 1 << 16
 _FIRST = int(IPv4Address("127.1.0.0"))
 _SOURCE_PORT = 4242
 _IP_PKTINFO = 8  # include/uapi/linux/in.h
-_WORDS = struct.Struct("=IIQQ")  # phase, stop, datagrams sent, how many may be sent; shared memory
-_SENT, _MAY_SEND = 8, 16  # where these are in it
+# Shared memory, in words of 64 bits, each of one writer and stored at once: with struct.pack_into the other process can
+# see a 0 in between.
+_PHASE, _STOP, _SENT, _MAY_SEND = range(4)
 _UNLIMITED = (1 << 64) - 1
 _PAUSE = 0.0005  # seconds, while no more may be sent
 _READY = 10.0  # seconds
@@ -60,6 +61,7 @@ class NumberedSource(Closing):
         try:
             os.ftruncate(fd, mmap.PAGESIZE)
             self._memory = mmap.mmap(fd, mmap.PAGESIZE)
+            self._words = memoryview(self._memory).cast("Q")
             self.allow(limit)
             words = ["-m", "fastrecv.bench.numbered", *map(str, (fd, senders, address, port))]
             with namespace:
@@ -76,11 +78,11 @@ class NumberedSource(Closing):
 
     @property
     def sent(self) -> int:
-        return int(_WORDS.unpack_from(self._memory)[2])
+        return self._words[_SENT]
 
     def allow(self, limit: int) -> None:
         """Let it send so many datagrams in all."""
-        struct.pack_into("=Q", self._memory, _MAY_SEND, limit)
+        self._words[_MAY_SEND] = limit
 
     @property
     def phase(self) -> int:
@@ -98,11 +100,11 @@ class NumberedSource(Closing):
     def next_phase(self) -> None:
         """Into an odd phase where a change begins, out of it where it has ended."""
         self._phase += 1
-        struct.pack_into("=I", self._memory, 0, self._phase)
+        self._words[_PHASE] = self._phase
 
     def stop(self) -> int:
         """Stop sending; how many datagrams were sent in all."""
-        struct.pack_into("=I", self._memory, 4, 1)
+        self._words[_STOP] = 1
         if self._process.wait(_READY):
             raise RuntimeError(f"the numbered source failed with {self._process.returncode}")
         return self.sent
@@ -110,6 +112,7 @@ class NumberedSource(Closing):
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._words.release()
         self._memory.close()
 
 
@@ -122,7 +125,7 @@ def udp_counters(namespace: Namespace) -> dict[str, int]:
 
 
 def _send(fd: int, senders: int, address: str, port: int) -> None:
-    memory = mmap.mmap(fd, mmap.PAGESIZE)
+    words = memoryview(mmap.mmap(fd, mmap.PAGESIZE)).cast("Q")
     numbers = [0] * senders
     payload = bytearray(NUMBERED.itemsize)
     # struct in_pktinfo: the source address of one datagram (ip(7), IP_PKTINFO).
@@ -137,17 +140,16 @@ def _send(fd: int, senders: int, address: str, port: int) -> None:
         while True:
             for number in range(senders):
                 while True:
-                    phase, stop, _, limit = _WORDS.unpack_from(memory)
-                    if stop:
+                    if words[_STOP]:
                         return
-                    if sent < limit:
+                    if sent < words[_MAY_SEND]:
                         break
                     time.sleep(_PAUSE)
-                pack(payload, 0, number, numbers[number], phase)
+                pack(payload, 0, number, numbers[number], words[_PHASE])
                 sock.sendmsg(message, sources[number], 0, to)
                 numbers[number] += 1
                 sent += 1
-                struct.pack_into("=Q", memory, _SENT, sent)
+                words[_SENT] = sent
 
 
 if __name__ == "__main__":
