@@ -134,7 +134,7 @@ class Fleet:
 
     @property
     def given_up(self) -> bool:
-        return all(slot.given_up for slot in self.slots)
+        return all(slot.abandoned for slot in self.slots)
 
     @property
     def unread(self) -> list[int]:

@@ -56,8 +56,9 @@ class Slot:
     snapshots : descriptor of what its handlers keep.
 
     reader : who reads, or has been told to stop. successor : who has been started and does not read yet.
-    leaving : it is to be read to its end. drained : it has been. given_up : nobody is started any more. new : it has no
-    senders until it has a reader. cause : how the last process that died has ended.
+    leaving : it is to be read to its end. drained : it has been. given_up : nobody is started any more unless it is
+    asked for, and it has no senders until somebody reads again. new : it has no senders until it has a reader. cause :
+    how the last process that died has ended.
     """
 
     def __init__(
@@ -120,6 +121,11 @@ class Slot:
         return self.own and self.waits and not (self.drained and self.sock.type != socket.SOCK_DGRAM)
 
     @property
+    def abandoned(self) -> bool:
+        """Whether it is given up, and nobody is on his way who would read."""
+        return self.given_up and self.successor is None and self._again_at is None
+
+    @property
     def finished(self) -> bool:
         """Whether a slot that leaves has nobody and nothing left."""
         return self.leaving and (self.drained or self.given_up) and not self.processes
@@ -130,7 +136,6 @@ class Slot:
         It is tried again then, while nobody reads.
         """
         self._again_at = None
-        self.given_up = False
         try:
             self.successor = self._spawn(self)
         except OSError as error:
@@ -204,7 +209,7 @@ class Slot:
         if self.reader is not None:
             self.reader.stop(self._seconds)
             return
-        self.reader, self.successor, self.new = successor, None, False
+        self.reader, self.successor, self.new, self.given_up = successor, None, False, False
         self.row.begin(successor.pid)
         successor.start()
         self._log.info("worker %d [%d] reads", self.number, successor.pid)

@@ -146,7 +146,7 @@ def _worker_state(slot: Slot) -> WorkerState:
         return "leaving"
     if slot.reader is not None:
         return "reading"
-    if slot.given_up:
+    if slot.abandoned:
         return "given up"
     if slot.new:
         return "joining"

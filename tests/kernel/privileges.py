@@ -41,10 +41,15 @@ def only(*capabilities: int) -> Iterator[None]:
         _call("capset", ctypes.create_string_buffer(before.raw))
 
 
+def need_open_root() -> None:
+    """Skip what other users are to do where the root directory is closed to them: a folder may serve as a machine."""
+    if not os.stat("/").st_mode & stat.S_IXOTH:  # noqa: PTH116 - a mode, of a path known beforehand
+        pytest.skip("the root directory is closed to other users here")
+
+
 def as_user(user: int, group: int, action: Callable[[], int]) -> int:
     """A child that has become another user, without capabilities, and does something: its process id."""
-    if not os.stat("/").st_mode & stat.S_IXOTH:  # noqa: PTH116 - some folders that serve as a machine are closed
-        pytest.skip("the root directory is closed to other users here")
+    need_open_root()
     child = os.fork()
     if child:
         return child

@@ -15,6 +15,7 @@ import pytest
 
 from fastrecv import privileges
 from fastrecv.netns import Namespace
+from tests.kernel.privileges import need_open_root
 from tests.kernel.supervising import POWERLESS, Service, app, namespace, say, status
 from tests.kernel.test_workers_cli import refused
 from tests.kernel.test_workers_life import NOBODY
@@ -55,6 +56,7 @@ def limits(pid: int, name: str) -> list[str]:
 
 
 def test_workers_have_them_and_their_successors_too(folder: Path) -> None:
+    need_open_root()
     cpus = sorted(os.sched_getaffinity(0))[:2]
     (folder / "collector.toml").write_text(
         f'workers = 3\ncpus = "{",".join(map(str, cpus))}"\nuser = "nobody"\n[limits]\nnofile = 99\ncore = "1M"\n'
@@ -92,6 +94,7 @@ def test_a_limit_may_be_above_the_hard_one_of_who_is_privileged(folder: Path) ->
 
 
 def test_who_is_not_root_but_has_ambient_capabilities_can_do_it_and_become_another(folder: Path) -> None:
+    need_open_root()
     given = ",".join(f"+{name}" for name in ("bpf", "kill", "setgid", "setuid", "sys_nice"))
     only = f"--inh-caps=-all,{given}", f"--ambient-caps=-all,{given}"
     daemon = ("setpriv", "--securebits=+noroot,+noroot_locked", *only)  # any user's folders may be closed to others

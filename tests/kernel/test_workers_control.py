@@ -23,6 +23,7 @@ from fastrecv.workers.counters import FILLS
 from fastrecv.workers.requests import Status, ask
 from fastrecv.workers.status import Service as Standing
 from tests.kernel.commands import one_line
+from tests.kernel.privileges import need_open_root
 from tests.kernel.supervising import ADDRESS, PORT, Service, app, namespace, say, until
 from tests.kernel.test_workers_cli import refused
 from tests.kernel.test_workers_life import NOBODY
@@ -96,6 +97,7 @@ def test_only_its_owner_may_ask_from_the_first_moment_and_another_s_file_stays(f
 
 
 def test_nobody_else_is_answered_even_where_the_file_lets_them(shared: Service) -> None:
+    need_open_root()
     path = door(shared.folder)
     for above in (shared.folder, *list(shared.folder.parents)[:2]):
         above.chmod(0o777)
@@ -168,6 +170,7 @@ def test_where_a_service_answers_no_other_begins(shared: Service, folder: Path) 
 
 
 def test_without_a_folder_there_is_none_and_that_is_said(folder: Path) -> None:
+    need_open_root()
     with Service(folder, "app:handle", before=("unshare", "--mount", "sh", "-c", WITHOUT_RUN, "sh")) as service:
         service.says("no control socket: there is no folder for one, give its path to have it")
         service.begun(1)
@@ -178,6 +181,7 @@ WITHOUT_RUN = """mount -t tmpfs -o ro none /run && exec env -u RUNTIME_DIRECTORY
 
 
 def test_where_it_is_unless_something_is_said(folder: Path) -> None:
+    need_open_root()
     for path in (folder, *list(folder.parents)[:2]):
         path.chmod(0o777)
     words = [sys.executable, "-c", DEFAULTS, str(folder)]

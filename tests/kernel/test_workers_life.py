@@ -15,7 +15,7 @@ import pytest
 
 import fastrecv
 from fastrecv.netns import Namespace
-from tests.kernel.privileges import CAP_BPF, CAP_NET_ADMIN
+from tests.kernel.privileges import CAP_BPF, CAP_NET_ADMIN, need_open_root
 from tests.kernel.supervising import ADDRESS, PORT, POWERLESS, Service, app, namespace, say, status, until
 
 NOBODY = 65534
@@ -68,6 +68,7 @@ def lives(pid: int) -> bool:
 
 
 def test_a_worker_is_another_user_without_capabilities(folder: Path) -> None:
+    need_open_root()
     with Service(folder, "app:handle", "--user", "nobody") as service:
         service.begun(1)
         found = status(service.pids(1)[0])
@@ -84,6 +85,7 @@ def test_a_worker_is_another_user_without_capabilities(folder: Path) -> None:
 
 
 def test_nothing_of_the_current_folder_is_imported_before_privileges_are_given_up(folder: Path) -> None:
+    need_open_root()
     (folder / "numpy.py").write_text(f"open({str(folder / 'intruded')!r}, 'w').close()\n")
     with Service(
         folder, "app:handle", "--user", "nobody", before=(sys.executable, "-c", INSTALLED), cwd=folder

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastrecv.netns import Namespace
+from tests.kernel.privileges import need_open_root
 from tests.kernel.supervising import ADDRESS, PORT, Service, app, namespace, say, status, until
 from tests.kernel.test_workers_life import NOBODY
 
@@ -100,6 +101,7 @@ def environment(pid: int) -> list[str]:
 
 
 def test_activated_and_watched_and_reloaded_as_by_systemd(folder: Path, passed: list[int]) -> None:
+    need_open_root()
     say("before")
     with (
         Manager(str(folder / "notify")) as manager,

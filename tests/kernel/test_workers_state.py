@@ -203,6 +203,7 @@ def test_a_kill_while_a_large_state_is_written_leaves_a_whole_one(ns: Namespace,
                 os.kill(pid, signal.SIGKILL)
             service.begun(workers * (turn + 1))
         source.stop()
+        until(lambda: len(service.notes()) >= workers * rounds, lambda: service.log)
         restored = [text for _, text in service.notes()]
         assert restored == [f"whole {64 + LARGE // (8 * SENDERS) * 8 * SENDERS}"] * workers * rounds
         assert service.stop(signal.SIGQUIT) == 0  # reading what waits would take long
