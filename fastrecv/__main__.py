@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
-_ALONE = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
 
 def main() -> int:
     try:
         from fastrecv.cli.main import run  # noqa: PLC0415 - the commands' libraries are an extra
-        from fastrecv.privileges import OtherThreadsError  # noqa: PLC0415 - the same
+        from fastrecv.privileges import ALONE, OtherThreadsError  # noqa: PLC0415 - the same
     except ImportError as error:
         if error.name and error.name.startswith("fastrecv"):
             reason = str(error)
@@ -22,13 +20,13 @@ def main() -> int:
     try:
         return run()
     except OtherThreadsError:
-        if os.environ.items() >= _ALONE.items():
+        if os.environ.items() >= ALONE.items():
             raise
         # numpy has started threads for its linear algebra, which would keep every capability: over again, without.
         try:
-            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | _ALONE)  # noqa: S606
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | ALONE)  # noqa: S606
         except OSError as error:
-            variables = " ".join(f"{name}={value}" for name, value in _ALONE.items())
+            variables = " ".join(f"{name}={value}" for name, value in ALONE.items())
             print(f"fastrecv: {sys.executable}: {error.strerror}; set {variables}, or let this user execute it",
                   file=sys.stderr)  # fmt: skip
             return 77

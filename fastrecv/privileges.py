@@ -9,6 +9,7 @@ from errno import EPERM
 from pathlib import Path
 
 __all__ = [
+    "ALONE",
     "CAP_BPF",
     "CAP_KILL",
     "CAP_NET_ADMIN",
@@ -33,6 +34,8 @@ _VERSION_3 = 0x20080522  # the same
 # include/uapi/linux/prctl.h
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 2, 4
+ALONE = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""Environment in which numpy's linear algebra starts no threads, which would keep every capability."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 

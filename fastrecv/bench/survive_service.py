@@ -23,8 +23,8 @@ from fastrecv.bench.numbered import NUMBERED
 from fastrecv.bench.survive_account import Readers
 from fastrecv.bench.survive_recorder import ROWS
 from fastrecv.netns import Namespace
+from fastrecv.privileges import ALONE
 from fastrecv.workers.counters import NAME, ROW, STATES
-from fastrecv.workers.process import ALONE
 from fastrecv.workers.settings import MAX_WORKERS
 
 __all__ = ["ADDRESS", "PORT", "READS", "Service", "Totals", "namespace", "rows_of", "until"]

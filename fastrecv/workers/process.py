@@ -14,14 +14,12 @@ from typing import Literal
 import msgspec
 
 import fastrecv
+from fastrecv.privileges import ALONE
 from fastrecv.workers import notify
 from fastrecv.workers.orders import LONGEST
 from fastrecv.workers.settings import Task
 
-__all__ = ["ALONE", "Process", "Record", "State", "ending", "executed", "exit_status"]
-
-ALONE = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-"""Environment of workers: threads of numpy's linear algebra would be there before capabilities are given up."""
+__all__ = ["Process", "Record", "State", "ending", "executed", "exit_status"]
 
 _AT_ONCE = 16  # words: who says more waits for the loop's next turn
 

@@ -135,7 +135,7 @@ def _worker(slot: Slot, rows: NDArray[np.void], now: float) -> Worker:
     since = reader.read_since if reader is not None else None
     return Worker(
         slot=slot.number, pid=process.pid if process is not None else None, state=_worker_state(slot),
-        reading_seconds=None if since is None else round(now - since, 3), given_up=slot.given_up, cause=slot.cause,
+        reading_seconds=None if since is None else round(now - since, 3), given_up=slot.abandoned, cause=slot.cause,
         queue_bytes=held.queued, queue_limit=held.limit, **_counts(rows),
         kernel_drops=int(rows["closed_drops"].sum()) + held.drops,
     )  # fmt: skip

@@ -120,6 +120,14 @@ def app(folder: Path) -> str:
     return "app"
 
 
+def app_for_all(folder: Path) -> Path:
+    """Write the APP where other users may import it, and write, too; the folder."""
+    app(folder)
+    for path in (folder, *list(folder.parents)[:2]):
+        path.chmod(0o777)
+    return folder
+
+
 def say(*payloads: str, source: str = "127.0.0.1") -> None:
     """Datagrams of one sender."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:

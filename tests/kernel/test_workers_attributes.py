@@ -16,7 +16,7 @@ import pytest
 from fastrecv import privileges
 from fastrecv.netns import Namespace
 from tests.kernel.privileges import need_open_root
-from tests.kernel.supervising import POWERLESS, Service, app, namespace, say, status
+from tests.kernel.supervising import POWERLESS, Service, app_for_all, namespace, say, status
 from tests.kernel.test_workers_cli import refused
 from tests.kernel.test_workers_life import NOBODY
 
@@ -37,11 +37,7 @@ def ns() -> Iterator[Namespace]:
 
 @pytest.fixture
 def folder(ns: Namespace, tmp_path: Path) -> Path:
-    """Where the APP is and writes, also as another user."""
-    app(tmp_path)
-    for path in (tmp_path, *list(tmp_path.parents)[:2]):
-        path.chmod(0o777)
-    return tmp_path
+    return app_for_all(tmp_path)
 
 
 def niceness(pid: int) -> int:

@@ -16,7 +16,7 @@ import pytest
 import fastrecv
 from fastrecv.netns import Namespace
 from tests.kernel.privileges import CAP_BPF, CAP_NET_ADMIN, need_open_root
-from tests.kernel.supervising import ADDRESS, PORT, POWERLESS, Service, app, namespace, say, status, until
+from tests.kernel.supervising import ADDRESS, PORT, POWERLESS, Service, app, app_for_all, namespace, say, status, until
 
 NOBODY = 65534
 ACTIVATE = """
@@ -55,11 +55,7 @@ def ns() -> Iterator[Namespace]:
 
 @pytest.fixture
 def folder(ns: Namespace, tmp_path: Path) -> Path:
-    """Where the APP is and writes, also as another user."""
-    app(tmp_path)
-    for path in (tmp_path, *list(tmp_path.parents)[:2]):
-        path.chmod(0o777)
-    return tmp_path
+    return app_for_all(tmp_path)
 
 
 def lives(pid: int) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 from fastrecv.netns import Namespace
 from tests.kernel.privileges import need_open_root
-from tests.kernel.supervising import ADDRESS, PORT, Service, app, namespace, say, status, until
+from tests.kernel.supervising import ADDRESS, PORT, Service, app_for_all, namespace, say, status, until
 from tests.kernel.test_workers_life import NOBODY
 
 START = """
@@ -76,11 +76,7 @@ def ns() -> Iterator[Namespace]:
 
 @pytest.fixture
 def folder(ns: Namespace, tmp_path: Path) -> Path:
-    """Where the APP is and writes, also as another user."""
-    app(tmp_path)
-    for path in (tmp_path, *list(tmp_path.parents)[:2]):
-        path.chmod(0o777)
-    return tmp_path
+    return app_for_all(tmp_path)
 
 
 @pytest.fixture
