@@ -197,9 +197,9 @@ cdef extern from *:
         if (!field) /* IPv4: the parser takes no such IPv6 */
             return 1;
         pseudo = checksum_pseudo(frame, frame->length);
-        if (checksum_folded(checksum_of(frame->transport, frame->length, pseudo)) == 0xffff)
+        if (partial && checksum_folded(pseudo) == field)
             return 1;
-        return partial && checksum_folded(pseudo) == field;
+        return checksum_folded(checksum_of(frame->transport, frame->length, pseudo)) == 0xffff;
     }
     """
     uint64_t checksum_of(const uint8_t *at, size_t size, uint64_t total) nogil

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from resource import RUSAGE_THREAD, getrusage
+from pathlib import Path
 
 import numpy as np
 
@@ -150,14 +150,22 @@ def _window(contender: Contender, wire: Wire, rate: float, seconds: float, numbe
     packets = max(round(rate * seconds / BURST), 2) * BURST
     with _opened(contender, wire) as opened, _steady():
         before, arrived = opened.lost(), wire.lab.received()
-        preempted = getrusage(RUSAGE_THREAD).ru_nivcsw
+        waited = _waited()
         sent, ns, received = wire.offer(source, packets, rate, opened.run)
-        preempted = getrusage(RUSAGE_THREAD).ru_nivcsw - preempted
+        waited = _waited() - waited
         lost = {name: count - before[name] for name, count in opened.lost().items()}
         arrived = wire.lab.received() - arrived
     return Window(
-        round=number, asked=rate, ns=ns, sent=sent, arrived=arrived, received=received, lost=lost, preempted=preempted
+        round=number, asked=rate, ns=ns, sent=sent, arrived=arrived, received=received, lost=lost, waited_ns=waited
     )
+
+
+def _waited() -> int:
+    """Nanoseconds that this thread has waited for a CPU; 0 without CONFIG_SCHED_INFO."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+    except FileNotFoundError:
+        return 0
 
 
 def _drain(contender: Contender, wire: Wire) -> int:

@@ -21,6 +21,7 @@ __all__ = ["LOSSES", "TARGETS", "Ratio", "Row", "Target", "Window", "XdpResult",
 LOSSES = (0.0, 0.001, 0.01)
 _JUDGED = 0.001
 """The loss at which ratios are stated and judged."""
+_WAITED = 0.02  # of a window; a reader that has waited so long for its CPU was disturbed
 _DISTURBED = 0.05  # of the windows
 
 
@@ -45,8 +46,8 @@ TARGETS = (
 class Window(_Record, kw_only=True):
     """So many frames offered to one contender. asked : frames a second. ns : from one to the next, as they were sent.
 
-    arrived : at the interface. lost : by counter of the kernel. preempted : how often another task took the reader's
-    CPU from it (ru_nivcsw, getrusage(2)).
+    arrived : at the interface. lost : by counter of the kernel. waited_ns : that the reader could have run and another
+    task had its CPU (/proc/PID/schedstat, the kernel's Documentation/scheduler/sched-stats.rst).
     """
 
     round: int
@@ -56,7 +57,7 @@ class Window(_Record, kw_only=True):
     arrived: int
     received: int
     lost: dict[str, int]
-    preempted: int = 0
+    waited_ns: int = 0
 
     @property
     def offered(self) -> float:
@@ -162,11 +163,12 @@ def judge(result: XdpResult) -> None:
             result.ratios.append(found)
     result.gates += [_judged(target, result) for target in TARGETS]
     windows = [window for row in result.rows for window in row.windows]
-    disturbed = sum(window.preempted > 0 for window in windows)
+    disturbed = sum(window.waited_ns > _WAITED * window.ns * window.sent for window in windows)
     if disturbed > _DISTURBED * len(windows):
         result.warnings.append(
-            f"other tasks took the reader's CPU in {disturbed:,} of {len(windows):,} windows, and what a ring or queue "
-            "had no room for meanwhile was lost: measure on a quiet machine"
+            f"other tasks had the reader's CPU for more than {100 * _WAITED:g} % of the time in {disturbed:,} of "
+            f"{len(windows):,} windows, and what a ring or queue had no room for meanwhile was lost: measure on a "
+            "quiet machine"
         )
 
 
