@@ -38,7 +38,7 @@ class JetStream(BaseSink):
     each process makes one of its own below PREFIX. stream : of this name; made, of PREFIX.>, where it is missing, and
     asked for with each message; None leaves it to the servers which stream takes the subjects. spool_size : bytes that
     this process may have on disk, with what it has taken over. full : what publish() does when there is no room:
-    "block", wait and then raise SinkFull, or "drop-oldest", give up the oldest segment, a sixteenth of the spool. window :
+    "block", wait and then raise SinkFull, or "drop-oldest", give up the oldest segment, a sixteenth of it. window :
     messages that are on their way at once. patience : seconds that publish() waits.
 
     publish() writes to the spool, always, and returns: what it has returned for a SIGKILL does not lose (but the crash
