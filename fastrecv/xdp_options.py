@@ -22,7 +22,7 @@ except ImportError as error:
         name="fastrecv._xsk",
     ) from error
 
-__all__ = ["MODES", "Opened", "XdpOptions", "opened"]
+__all__ = ["MODES", "Opened", "Reader", "XdpOptions", "opened"]
 
 MODES = ("zero-copy", "copy", "generic")
 _CHECKSUMS = {"trust": TRUST, "verify": VERIFY, "partial": PARTIAL}
