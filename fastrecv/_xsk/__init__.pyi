@@ -40,11 +40,15 @@ class Umem:
         frame_size: int,
         frames: int,
         ring_size: int,
-        zero_copy: bool,
         need_wakeup: bool,
         columns: int,
         rows: int,
     ) -> Self: ...
+    def open(self, *, zero_copy: bool) -> None: ...
+    @property
+    def interface(self) -> str: ...
+    @property
+    def numbers(self) -> tuple[int, ...]: ...
     @property
     def size(self) -> int: ...
     @property

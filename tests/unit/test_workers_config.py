@@ -61,9 +61,9 @@ def test_the_command_line_comes_before_the_environment_and_that_before_the_file(
 
 def test_every_setting_can_be_given_by_the_environment() -> None:
     whole = Settings(
-        handler="a:b", bind="192.0.2.1:53", workers=3, policy="flow", user="nobody", group="nogroup", timeout=1.5,
-        graceful_timeout=2.5, batch_size=8, receive_buffer=9, on_error="exit", given_up="wait", cpus="0,2", nice=3,
-        limits={"core": "0"}, log_format="json", control="/run/a.sock", metrics="127.0.0.1:9",
+        handler="a:b", bind="192.0.2.1:53", backend="auto", workers=3, policy="flow", user="nobody", group="nogroup",
+        timeout=1.5, graceful_timeout=2.5, batch_size=8, receive_buffer=9, on_error="exit", given_up="wait", cpus="0,2",
+        nice=3, limits={"core": "0"}, log_format="json", control="/run/a.sock", metrics="127.0.0.1:9",
     )  # fmt: skip
     given = msgspec.structs.asdict(whole)
     assert all(given[field.name] != field.default for field in msgspec.structs.fields(Settings)), "say each of them"
