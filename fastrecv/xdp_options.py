@@ -14,7 +14,7 @@ from fastrecv.interfaces import Interface
 from fastrecv.redirect import Redirect
 
 try:
-    from fastrecv._xsk import MAX_BATCH, MAX_QUEUES, PARTIAL, TRUST, VERIFY, Reader, Umem
+    from fastrecv._xsk import MAX_BATCH, MAX_QUEUES, PARTIAL, TRUST, VERIFY, Reader, Umem, grace_period
 except ImportError as error:
     raise ImportError(
         f"fastrecv's AF_XDP part cannot be loaded ({error}): install libxdp 1.2 or newer (Debian: libxdp1); "
@@ -22,7 +22,18 @@ except ImportError as error:
         name="fastrecv._xsk",
     ) from error
 
-__all__ = ["MODES", "Opened", "Reader", "Umem", "XdpOptions", "in_best", "opened", "reader_of", "reserved"]
+__all__ = [
+    "MODES",
+    "Opened",
+    "Reader",
+    "Umem",
+    "XdpOptions",
+    "grace_period",
+    "in_best",
+    "opened",
+    "reader_of",
+    "reserved",
+]
 
 MODES = ("zero-copy", "copy", "generic")
 Made = TypeVar("Made")

@@ -15,6 +15,7 @@ __all__ = [
     "Reader",
     "Umem",
     "answer",
+    "grace_period",
 ]
 
 MAX_BATCH: int
@@ -89,6 +90,7 @@ class Reader:
     def recv(self, timeout: float | None) -> Batch: ...
     def close(self) -> None: ...
 
+def grace_period() -> None: ...
 def answer(
     umem: Umem, batch: Batch, payloads: Batch | tuple[Buffer | None, ...], mtu: int
 ) -> tuple[int, list[int]]: ...

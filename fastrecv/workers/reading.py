@@ -213,9 +213,7 @@ class Reading:
         orders = self._orders
         if self._rings is None:
             return not orders.stop
-        if orders.stop or orders.drain:
-            self._rings.leave(to_the_end=not orders.stop)
-        return True
+        return not (orders.stop or orders.drain) or self._rings.leave(to_the_end=not orders.stop)
 
     def _received(self, source: Receiver | Rings) -> tuple[Batch, int]:
         batch = source.recv_nowait()

@@ -8,8 +8,11 @@ What comes by them and when, so that nothing is lost between two workers, and no
 3. the slot's socket is read until it is empty, a second at most: it holds what has come meanwhile;
 4. the program knows them: what comes by the queues comes by the rings;
 5. told to stop, or to drain: it knows them no more, and what comes goes to the slot's socket again. A grace period
-   later nobody writes to the rings; they are read to the end, and closed. What the socket holds is left to the
-   successor, or with "drain" read to the end, too.
+   later nobody writes to the rings; they are read to the end, and closed. Then what the socket holds is read, too, with
+   "drain" all of it, else for a second at most; the successor has the rest.
+
+While nobody reads, as rings are closed and bound, some 50 ms in all (seen on a veth, Linux 6.18), datagrams wait in the
+socket: what the stack gets behind an XDP program may take 4 KiB each of its receive buffer, so give it room.
 """
 
 from __future__ import annotations
@@ -30,12 +33,11 @@ from fastrecv.errors import XdpError
 from fastrecv.interfaces import Interface
 from fastrecv.receiver import Receiver, Statistics
 from fastrecv.workers.settings import Queues
-from fastrecv.xdp_options import Reader, Umem, XdpOptions, reader_of, reserved
+from fastrecv.xdp_options import Reader, Umem, XdpOptions, grace_period, reader_of, reserved
 
 __all__ = ["Rings"]
 
-_GRACE = 0.1  # seconds: a driver's poll that has found a socket in the map has ended, and what it wrote can be seen
-_BEHIND = 1.0  # seconds that a socket's queue is read before the rings, at most
+_BEHIND = 1.0  # seconds that a socket's queue is read before the rings, or after them, at most
 
 
 class Rings(Closing):
@@ -51,9 +53,10 @@ class Rings(Closing):
         self._zero_copy = queues.zero_copy
         self._umems: list[Umem] = []
         self._readers: list[Reader] = []
+        self._dropped = 0  # by rings that are closed
         self._poll = select.epoll()
         self._sockets = Map.inherited(queues.sockets, np.uint32, np.uint32)
-        self._known = self._left = self._to_the_end = False
+        self._known = self._left = False
         try:
             for number in queues.numbers:
                 self._umems.append(reserved(self._interface, [number], queues.frame_size, self._options))
@@ -75,8 +78,8 @@ class Rings(Closing):
                 self._readers.append(reader_of(umem, self._interface, self._options))
         for fd in (receiver.fileno(), *(reader.fileno() for reader in self._readers)):
             self._poll.register(fd, select.EPOLLIN)
-        self._sources = deque([receiver.recv_nowait])
-        self._alone_until = time.monotonic() + _BEHIND
+        self._sources: deque[Callable[[], Batch]] = deque([receiver.recv_nowait])
+        self._until = time.monotonic() + _BEHIND
 
     def fileno(self) -> int:
         """The descriptor to poll for readability."""
@@ -84,15 +87,18 @@ class Rings(Closing):
 
     def recv_nowait(self) -> Batch:
         """A batch of the socket or of a ring, in turn; an empty one where none has anything."""
-        batch = Batch.of(())
         for _ in range(len(self._sources)):
             batch = self._sources[0]()
             if len(batch) and self._left:
-                break  # this one to the end
+                break  # this one to its end
             self._sources.rotate(-1)
             if len(batch):
                 break
-        if not (self._known or self._left) and (not len(batch) or time.monotonic() > self._alone_until):
+        if self._left:
+            if self._umems and not len(batch):
+                self._close_rings()
+                return self._receiver.recv_nowait()
+        elif not self._known and (not len(batch) or time.monotonic() > self._until):
             self._be_known()
         return batch
 
@@ -105,17 +111,31 @@ class Rings(Closing):
     def _rings(self) -> list[Callable[[], Batch]]:
         return [partial(reader.recv, 0) for reader in self._readers]
 
-    def leave(self, *, to_the_end: bool) -> None:
-        """Nothing more comes by the rings: what they hold is received. to_the_end : and then what the socket holds."""
-        if self._left and to_the_end == self._to_the_end:
-            return
-        if self._known:
-            self._known = False
-            for umem in self._umems:
-                self._sockets.delete(umem.numbers)
-            time.sleep(_GRACE)
-        self._left, self._to_the_end = True, to_the_end
-        self._sources = deque([*self._rings(), *([self._receiver.recv_nowait] if to_the_end else [])])
+    def leave(self, *, to_the_end: bool) -> bool:
+        """Let nothing more come by the rings; whether to receive again, as long as there is something.
+
+        What they hold is received, and then, to_the_end or a second at most, what the socket holds: not to let it run
+        over until the successor reads.
+        """
+        if not self._left:
+            self._left = True
+            if self._known:
+                for umem in self._umems:
+                    self._sockets.delete(umem.numbers)
+                grace_period()
+            self._sources = deque(self._rings() or [self._receiver.recv_nowait])
+        return to_the_end or bool(self._umems) or time.monotonic() < self._until
+
+    def _close_rings(self) -> None:
+        """They have been received to the end, or never will be."""
+        _, self._dropped = self.counts()
+        for reader in self._readers:
+            reader.close()
+        for umem in self._umems:
+            umem.close()
+        self._umems = []
+        self._sources = deque([self._receiver.recv_nowait])
+        self._until = time.monotonic() + _BEHIND
 
     def statistics(self) -> Statistics:
         """Of the socket and the rings together."""
@@ -126,7 +146,9 @@ class Rings(Closing):
 
     def counts(self) -> tuple[int, int]:
         """Datagrams that have come by the rings, and those that were taken for them and dropped."""
-        dropped = sum(reader.bad_checksum + reader.martian + reader.unreadable for reader in self._readers)
+        dropped = self._dropped
+        if self._umems:
+            dropped = sum(reader.bad_checksum + reader.martian + reader.unreadable for reader in self._readers)
         for umem in self._umems:
             kernel = umem.statistics()
             dropped += kernel.dropped + kernel.ring_full
@@ -138,5 +160,6 @@ class Rings(Closing):
             reader.close()
         for umem in self._umems:
             umem.close()
+        self._umems = []
         self._poll.close()
         self._sockets.close()
