@@ -7,6 +7,7 @@ import socket
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fastrecv.interfaces import Address as IpAddress
 from fastrecv.interfaces import Interface
 from fastrecv.receiver import Receiver
 from fastrecv.sockets import Address
@@ -14,7 +15,7 @@ from fastrecv.sockets import Address
 if TYPE_CHECKING:
     from fastrecv.xdp import XdpReceiver
 
-__all__ = ["BACKENDS", "chosen"]
+__all__ = ["BACKENDS", "chosen", "interface_of"]
 
 R = TypeVar("R", "Receiver", "XdpReceiver")
 
@@ -63,11 +64,12 @@ def _open(address: Address, interface: str | None, options: dict[str, Any]) -> X
     if not isinstance(address, tuple) or len(address) < 2 or not address[1]:
         raise OSError(f"AF_XDP takes (host, port) with a port, not {address!r}")
     host = ip_address(address[0] or "0.0.0.0")  # noqa: S104 - as Receiver.bind reads it
-    name = interface or _interface_of(host)
+    name = interface or interface_of(host)
     return XdpReceiver(name, address[1], addresses=None if host.is_unspecified else [host], **options)
 
 
-def _interface_of(host: Any) -> str:
+def interface_of(host: IpAddress) -> str:
+    """The name of the interface that has an address. OSError where AF_XDP cannot take what comes for it."""
     if host.is_unspecified:
         raise OSError("every address of the host is asked for, AF_XDP is of one interface: name it")
     if host.is_loopback:

@@ -11,9 +11,11 @@ from pathlib import Path
 __all__ = [
     "ALONE",
     "CAP_BPF",
+    "CAP_IPC_LOCK",
     "CAP_KILL",
     "CAP_NET_ADMIN",
     "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW",
     "CAP_SETGID",
     "CAP_SETUID",
     "CAP_SYS_NICE",
@@ -29,7 +31,7 @@ __all__ = [
 
 # include/uapi/linux/capability.h
 CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_BPF = 5, 6, 7, 10, 12, 39
-CAP_SYS_NICE, CAP_SYS_RESOURCE = 23, 24
+CAP_NET_RAW, CAP_IPC_LOCK, CAP_SYS_NICE, CAP_SYS_RESOURCE = 13, 14, 23, 24
 _VERSION_3 = 0x20080522  # the same
 # include/uapi/linux/prctl.h
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 
 import numpy as np
@@ -14,8 +13,8 @@ from numpy.typing import NDArray
 
 from fastrecv import sockets
 from fastrecv._recv import MAX_BATCH, MAX_SLOT, Batch, Reader, send
-from fastrecv.closing import Closing
 from fastrecv.options import FAMILIES, Features, Options, apply, columns_of, refuse_unknown, reports_errors
+from fastrecv.receiving import Receiving
 from fastrecv.replies import Buffer, Replier
 from fastrecv.sockets import Address
 
@@ -39,7 +38,7 @@ class Statistics(NamedTuple):
     unanswered: int
 
 
-class Receiver(Closing):
+class Receiver(Receiving[Reader]):
     """Receives batches of datagrams from one socket: UDP over IPv4, IPv6 or both, or AF_UNIX.
 
     Receiver(sock) works on a socket that is open already and stays its owner's: the Receiver has a descriptor of its
@@ -57,8 +56,6 @@ class Receiver(Closing):
     timestamps, hardware_timestamps, destinations, destination_ports, tos, drops, gro : fastrecv.options.Features;
         each is a bool, and off.
     """
-
-    reason = ""  # of Receiver.open
 
     def __init__(
         self,
@@ -174,20 +171,6 @@ class Receiver(Closing):
         """
         return self._reader.recv(timeout)
 
-    def recv_nowait(self) -> Batch:
-        """recv(0)."""
-        return self._reader.recv(0)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches, until the Receiver is closed."""
-        while True:
-            try:
-                yield self.recv()  # no name for it: the batch is the caller's alone
-            except OSError:
-                if self.closed:
-                    return
-                raise
-
     def send(
         self,
         payloads: Batch | Sequence[Buffer],
@@ -230,19 +213,6 @@ class Receiver(Closing):
         """The descriptor to poll for readability."""
         return self._reader.fileno()
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[tuple[int, ...]]:
-        """Descriptors for somebody else's event loop: any of them is readable when recv_nowait has something to say.
-
-        They stay open while the block lasts, even when close() is called meanwhile, which makes one of them readable. A
-        loop that watched fileno() alone would not be woken by close(), and would be left with a number that is no more.
-        """
-        descriptors = self._reader.enter()
-        try:
-            yield descriptors
-        finally:
-            self._reader.leave()
-
     def statistics(self) -> Statistics:
         """Counters, also readable when closed: fastrecv.Statistics."""
         reader = self._reader
@@ -281,10 +251,6 @@ class Receiver(Closing):
     def arenas(self) -> int:
         """How many arenas there are now; grows up to max_arenas."""
         return self._reader.arenas
-
-    @property
-    def closed(self) -> bool:
-        return self._reader.closed
 
     def join(self, group: str, *, interface: str | int | None = None, source: str | None = None) -> None:
         """Receive a multicast group: fastrecv.sockets.join."""

@@ -9,6 +9,7 @@ not this.
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterable
 from errno import EBUSY, EEXIST, EINVAL, EOPNOTSUPP, EPERM, ERANGE
@@ -133,6 +134,16 @@ class Redirect(Closing):
             if found := program_info(number):
                 return f"{found.name} (id {number})"
         return f"id {number}"
+
+    def copies(self) -> dict[str, int]:
+        """Descriptors for who goes on when this is closed: the link, the map of sockets, the map of outcomes.
+
+        They are the caller's to close, the program stays attached as long as the link's is open, and what is taken is
+        as it was.
+        """
+        assert self._link is not None, "attached"
+        held = {"link": self._link, **{name: self._object.maps[name] for name in ("sockets", "outcomes")}}
+        return {name: os.dup(one.fileno()) for name, one in held.items()}
 
     def refresh(self) -> None:
         """Look for addresses, VLANs and the Ethernet address anew; what was asked for stays."""

@@ -6,23 +6,22 @@ into.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrecv._recv import Batch
-from fastrecv.closing import Closing
 from fastrecv.interfaces import Address as IpAddress
 from fastrecv.receiver import destinations_of
+from fastrecv.receiving import Receiving
 from fastrecv.redirect import Redirect
 from fastrecv.replies import Buffer
 from fastrecv.sockets import Address
-from fastrecv.xdp_options import MODES, XdpOptions, opened
+from fastrecv.xdp_options import MODES, Reader, XdpOptions, opened
 from fastrecv.xdp_sending import Outgoing
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class XdpStatistics(NamedTuple):
     kernel: KernelStatistics
 
 
-class XdpReceiver(Closing):
+class XdpReceiver(Receiving[Reader]):
     """Receives batches of UDP datagrams for some ports of an interface, before its stack sees them.
 
     XdpReceiver(interface, ports) takes them off every queue until it is closed or its process ends, on whatever way.
@@ -89,8 +88,6 @@ class XdpReceiver(Closing):
     busy_poll, prefer_busy_poll, busy_poll_budget : fastrecv.sockets.busy_poll; each receive drives the card. The last
         two need Linux 5.11.
     """
-
-    reason = ""  # of Receiver.open
 
     def __init__(
         self,
@@ -147,20 +144,6 @@ class XdpReceiver(Closing):
         """
         return self._reader.recv(timeout)
 
-    def recv_nowait(self) -> Batch:
-        """recv(0)."""
-        return self._reader.recv(0)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches, until the receiver is closed."""
-        while True:
-            try:
-                yield self.recv()  # no name for it: the batch is the caller's alone
-            except OSError:
-                if self.closed:
-                    return
-                raise
-
     def send(
         self,
         payloads: Batch | Sequence[Buffer],
@@ -201,15 +184,6 @@ class XdpReceiver(Closing):
         """The descriptor to poll for readability: of an epoll, for all queues."""
         return self._reader.fileno()
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[tuple[int, ...]]:
-        """Descriptors for somebody else's event loop: Receiver.watched."""
-        descriptors = self._reader.enter()
-        try:
-            yield descriptors
-        finally:
-            self._reader.leave()
-
     def statistics(self) -> XdpStatistics:
         """Counters, also readable when closed: those of the kernel as they were then."""
         if self._last is not None:
@@ -235,10 +209,6 @@ class XdpReceiver(Closing):
     def memory(self) -> int:
         """Bytes that are locked for frames."""
         return self._umem.size
-
-    @property
-    def closed(self) -> bool:
-        return self._reader.closed
 
     def close(self) -> None:
         """Leave the interface to its stack; from any thread, and more than once. Who waits in recv gets EBADF.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from errno import EINVAL, EOPNOTSUPP, ERANGE
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, TypeVar
 
 from fastrecv import sockets
 from fastrecv.errors import XdpError
@@ -14,7 +14,7 @@ from fastrecv.interfaces import Interface
 from fastrecv.redirect import Redirect
 
 try:
-    from fastrecv._xsk import MAX_BATCH, MAX_QUEUES, PARTIAL, TRUST, VERIFY, Reader, Umem
+    from fastrecv._xsk import MAX_BATCH, MAX_QUEUES, PARTIAL, TRUST, VERIFY, Reader, Umem, grace_period
 except ImportError as error:
     raise ImportError(
         f"fastrecv's AF_XDP part cannot be loaded ({error}): install libxdp 1.2 or newer (Debian: libxdp1); "
@@ -22,9 +22,21 @@ except ImportError as error:
         name="fastrecv._xsk",
     ) from error
 
-__all__ = ["MODES", "Opened", "XdpOptions", "opened"]
+__all__ = [
+    "MODES",
+    "Opened",
+    "Reader",
+    "Umem",
+    "XdpOptions",
+    "grace_period",
+    "in_best",
+    "opened",
+    "reader_of",
+    "reserved",
+]
 
 MODES = ("zero-copy", "copy", "generic")
+Made = TypeVar("Made")
 _CHECKSUMS = {"trust": TRUST, "verify": VERIFY, "partial": PARTIAL}
 _MAX_MEMORY = (1 << 31) - 1  # bytes; offsets in Arrow's views are 32 bits wide
 _MAX_RING = 1 << 15
@@ -66,36 +78,33 @@ def opened(redirect: Redirect, queues: Sequence[int] | None, mode: str, options:
     if mode not in {"auto", *MODES}:
         raise ValueError(f"mode is {mode!r}: choose auto, {', '.join(MODES)}")
     numbers = _queues(redirect.interface, queues)
+    made, refused = in_best(
+        MODES if mode == "auto" else (mode,),
+        lambda candidate: _opened_as(candidate, redirect, numbers, options, attach),
+    )
+    return made._replace(refused=refused)
+
+
+def in_best(modes: Sequence[str], attempt: Callable[[str], Made]) -> tuple[Made, dict[str, str]]:
+    """What `attempt` makes in the first of `modes` that the driver has; and why not in those before it, by mode."""
     refused: dict[str, str] = {}
-    for candidate in MODES if mode == "auto" else (mode,):
+    for mode in modes:
         try:
-            return _opened_as(candidate, redirect, numbers, options, attach)._replace(refused=refused)
+            return attempt(mode), refused
         except XdpError as error:
-            if mode != "auto" or candidate == MODES[-1] or error.errno not in (EOPNOTSUPP, EINVAL, ERANGE):
+            if mode == modes[-1] or error.errno not in (EOPNOTSUPP, EINVAL, ERANGE):
                 raise
-            refused[candidate] = str(error)
+            refused[mode] = str(error)
     raise AssertionError("the last mode returns, or raises")
 
 
 def _opened_as(mode: str, redirect: Redirect, queues: list[int], options: XdpOptions, attach: bool) -> Opened:
-    interface = redirect.interface
-    frame_size = redirect.frame_size
-    ring_size = options.get("ring_size", 2048)
-    frames = options.get("frames", 2 * ring_size)
-    if (size := frames * len(queues) * frame_size) > _MAX_MEMORY:
-        raise ValueError(f"{size:,} bytes of frames are more than {_MAX_MEMORY:,}: give fewer frames, or queues")
-    checksums = options.get("checksums", "partial" if interface.kind == "veth" else "verify")
-    umem = Umem(
-        interface.name, queues, frame_size=frame_size, frames=frames * len(queues), ring_size=ring_size,
-        zero_copy=mode == "zero-copy", need_wakeup=options.get("need_wakeup", True),
-        columns=sum(column for name, column in _COLUMNS.items() if options.get(name)),
-        rows=options.get("batch_size", 64),
-    )  # fmt: skip
+    umem = reserved(redirect.interface, queues, redirect.frame_size, options)
     try:
+        umem.open(zero_copy=mode == "zero-copy")
         if options.get("busy_poll") is not None:
             _poll_busily(umem, options)
-        reader = Reader(umem, checksums=_CHECKSUMS[checksums], busy=options.get("busy_poll") is not None)
-        reader.place({0: interface.index, **interface.vlans}, interface.martians())
+        reader = reader_of(umem, redirect.interface, options)
         for number, descriptor in zip(queues, umem.descriptors, strict=True):
             redirect.put(number, descriptor)
         if attach:
@@ -106,6 +115,28 @@ def _opened_as(mode: str, redirect: Redirect, queues: list[int], options: XdpOpt
         umem.close()
         raise
     return Opened(reader, umem, mode, {})
+
+
+def reserved(interface: Interface, queues: list[int], frame_size: int, options: XdpOptions) -> Umem:
+    """The memory of these queues, whose sockets are still to be opened."""
+    ring_size = options.get("ring_size", 2048)
+    frames = options.get("frames", 2 * ring_size)
+    if (size := frames * len(queues) * frame_size) > _MAX_MEMORY:
+        raise ValueError(f"{size:,} bytes of frames are more than {_MAX_MEMORY:,}: give fewer frames, or queues")
+    return Umem(
+        interface.name, queues, frame_size=frame_size, frames=frames * len(queues), ring_size=ring_size,
+        need_wakeup=options.get("need_wakeup", True),
+        columns=sum(column for name, column in _COLUMNS.items() if options.get(name)),
+        rows=options.get("batch_size", 64),
+    )  # fmt: skip
+
+
+def reader_of(umem: Umem, interface: Interface, options: XdpOptions) -> Reader:
+    """Who reads the sockets of `umem`, which are open, and closes them."""
+    checksums = options.get("checksums", "partial" if interface.kind == "veth" else "verify")
+    reader = Reader(umem, checksums=_CHECKSUMS[checksums], busy=options.get("busy_poll") is not None)
+    reader.place({0: interface.index, **interface.vlans}, interface.martians())
+    return reader
 
 
 def _poll_busily(umem: Umem, options: XdpOptions) -> None:

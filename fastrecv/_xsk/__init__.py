@@ -6,7 +6,7 @@ busy polling, 5.9 for all else.
 
 from fastrecv._xsk.answers import answer
 from fastrecv._xsk.reader import MAX_BATCH, MAX_QUEUES, PARTIAL, TRUST, VERIFY, Reader
-from fastrecv._xsk.umem import KernelStatistics, Umem
+from fastrecv._xsk.umem import KernelStatistics, Umem, grace_period
 
 __all__ = [
     "MAX_BATCH",
@@ -18,4 +18,5 @@ __all__ = [
     "Reader",
     "Umem",
     "answer",
+    "grace_period",
 ]

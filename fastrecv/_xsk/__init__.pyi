@@ -15,6 +15,7 @@ __all__ = [
     "Reader",
     "Umem",
     "answer",
+    "grace_period",
 ]
 
 MAX_BATCH: int
@@ -40,11 +41,15 @@ class Umem:
         frame_size: int,
         frames: int,
         ring_size: int,
-        zero_copy: bool,
         need_wakeup: bool,
         columns: int,
         rows: int,
     ) -> Self: ...
+    def open(self, *, zero_copy: bool) -> None: ...
+    @property
+    def interface(self) -> str: ...
+    @property
+    def numbers(self) -> tuple[int, ...]: ...
     @property
     def size(self) -> int: ...
     @property
@@ -85,6 +90,7 @@ class Reader:
     def recv(self, timeout: float | None) -> Batch: ...
     def close(self) -> None: ...
 
+def grace_period() -> None: ...
 def answer(
     umem: Umem, batch: Batch, payloads: Batch | tuple[Buffer | None, ...], mtu: int
 ) -> tuple[int, list[int]]: ...

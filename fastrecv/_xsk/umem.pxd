@@ -20,6 +20,9 @@ cdef class Umem(Pool):
     cdef readonly int frame_size, frames, ring_size
     cdef xsk_umem *umem
     cdef Queue *queues
+    cdef readonly str interface
+    cdef readonly tuple numbers  # of the queues
+    cdef bint need_wakeup
     cdef int count, process, turn
     cdef uint64_t *free
     cdef readonly int idle_frames

@@ -46,26 +46,37 @@ cdef object error(int code, str tried):
     return XdpError(code, message)
 
 
+def grace_period():
+    """Wait until every driver's poll has ended that may have found a socket in a program's map: its ring is whole then.
+
+    A grace period of RCU: membarrier(2), MEMBARRIER_CMD_GLOBAL, which takes no privilege; 8 to 30 ms were seen. Where a
+    kernel has none (CPUs of nohz_full) a tenth of a second stands for it.
+    """
+    cdef long result
+    with nogil:
+        result = syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0)
+    if result < 0:
+        time.sleep(0.1)
+
+
 cdef class Umem(Pool):
-    """Frames, and one AF_XDP socket for each of `queues` of an interface of the calling thread's namespace.
+    """Frames, and, once they are opened, an AF_XDP socket for each of `queues` of an interface of the calling thread's
+    namespace.
 
     frame_size : 2048 or 4096. frames : how many. ring_size : entries of each ring, a power of two; there are at least as
-    many frames for each queue. zero_copy : ask for it, else refuse it.
-    need_wakeup : XDP_USE_NEED_WAKEUP. columns : which of Column; rows : of a batch.
+    many frames for each queue. need_wakeup : XDP_USE_NEED_WAKEUP. columns : which of Column; rows : of a batch.
+
+    To make one takes CAP_NET_RAW, and memory that may be locked.
     """
 
     def __cinit__(
         self, str interface not None, list queues not None, *, int frame_size, int frames, int ring_size,
-        bint zero_copy, bint need_wakeup, int columns, int rows,
+        bint need_wakeup, int columns, int rows,
     ):
-        cdef bytes name = os.fsencode(interface)
-        cdef const char *text = name
-        cdef uint32_t wanted
         cdef xsk_umem_config memory
-        cdef xsk_socket_config config
-        cdef Queue *queue
         cdef int i, result
         self.process = getpid()
+        self.interface, self.numbers, self.need_wakeup = interface, tuple(queues), need_wakeup
         self.frame_size, self.frames, self.ring_size = frame_size, frames, ring_size
         self.size = <int64_t>frames * frame_size
         self.layout.rows = rows
@@ -80,18 +91,32 @@ cdef class Umem(Pool):
         for i in range(frames):
             self.put(<uint64_t>i * frame_size)
         memset(&memory, 0, sizeof(memory))
-        memset(&config, 0, sizeof(config))
-        memory.fill_size = memory.comp_size = config.rx_size = config.tx_size = <uint32_t>ring_size
+        memory.fill_size = memory.comp_size = <uint32_t>ring_size
         memory.frame_size = <uint32_t>frame_size
+        with nogil:
+            result = xsk_umem__create(&self.umem, self.memory, self.size, &self.queues[0].fill,
+                                      &self.queues[0].completed, &memory)
+        if result < 0:
+            raise error(-result, f"registering {self.size:,} bytes for AF_XDP")
+
+    def open(self, *, bint zero_copy):
+        """Open the sockets, and let the kernel have frames.
+
+        zero_copy : ask for it, else refuse it. The first queue's socket is there already, bound to nothing; each
+        further one takes CAP_NET_RAW (xsk_create, net/xdp/xsk.c), to bind none takes any.
+        """
+        cdef bytes name = os.fsencode(self.interface)
+        cdef const char *text = name
+        cdef uint32_t wanted
+        cdef xsk_socket_config config
+        cdef Queue *queue
+        cdef int i, result
+        memset(&config, 0, sizeof(config))
+        config.rx_size = config.tx_size = <uint32_t>self.ring_size
         config.libxdp_flags = XSK_LIBXDP_FLAGS__INHIBIT_PROG_LOAD
-        config.bind_flags = (XDP_ZEROCOPY if zero_copy else XDP_COPY) | (XDP_USE_NEED_WAKEUP if need_wakeup else 0)
+        config.bind_flags = (XDP_ZEROCOPY if zero_copy else XDP_COPY) | (XDP_USE_NEED_WAKEUP if self.need_wakeup else 0)
         try:
-            with nogil:
-                result = xsk_umem__create(&self.umem, self.memory, self.size, &self.queues[0].fill,
-                                          &self.queues[0].completed, &memory)
-            if result < 0:
-                raise error(-result, f"registering {self.size:,} bytes for AF_XDP")
-            for i, number in enumerate(queues):
+            for i, number in enumerate(self.numbers):
                 queue = &self.queues[i]
                 wanted = number
                 deadline = time.monotonic() + _PATIENCE
@@ -105,7 +130,7 @@ cdef class Umem(Pool):
                         break
                     time.sleep(_NAP)
                 if result < 0:
-                    raise error(-result, f"opening an AF_XDP socket for queue {number} of {interface}")
+                    raise error(-result, f"opening an AF_XDP socket for queue {number} of {self.interface}")
                 queue.fd = xsk_socket__fd(queue.socket)
                 self.count += 1
         except BaseException:

@@ -103,6 +103,17 @@ cdef extern from "<sys/epoll.h>" nogil:
     int epoll_create1(int flags)
     int epoll_ctl(int epoll, int operation, int fd, epoll_event *event)
 
+cdef extern from "<linux/membarrier.h>" nogil:
+    enum:
+        MEMBARRIER_CMD_GLOBAL
+
+cdef extern from "<sys/syscall.h>" nogil:
+    enum:
+        SYS_membarrier
+
+cdef extern from "<unistd.h>" nogil:
+    long syscall(long number, ...)
+
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
         pass

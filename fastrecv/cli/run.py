@@ -33,11 +33,14 @@ def _one(_context: click.Context, _parameter: click.Parameter, given: tuple[str,
 @click.option("-c", "--config", metavar="FILE", help=f"A TOML file of settings.  [default: {FILE}]")
 @click.option("-b", "--bind", metavar="[tcp:]ADDRESS:PORT", multiple=True, callback=_one,
               help="[ADDRESS]:PORT for IPv6; tcp: for connections.  [default: what systemd passes]")  # fmt: skip
+@click.option("--backend", type=click.Choice(["auto", "socket", "xdp"]), help=_by_default("backend",
+              "What datagrams come by: sockets alone; or AF_XDP before them, past firewall and stack, where a worker "
+              "that is killed takes what its rings hold with it; auto: AF_XDP where it can be had."))  # fmt: skip
 @click.option("-w", "--workers", type=click.IntRange(1, MAX_WORKERS),
               help="Each has a socket of its own.  [default: 1, or as many as systemd passes sockets]")  # fmt: skip
 @click.option("--policy", help=_by_default("policy",
               "Whose datagrams stay with one worker: source[/BITS4[/BITS6]], source+port, flow, destination, "
-              "payload[OFFSET:LENGTH], quic[LENGTH], cpu, random."))  # fmt: skip
+              "payload[OFFSET:LENGTH], quic[LENGTH], cpu, random, queue."))  # fmt: skip
 @click.option("--user", metavar="NAME", help="Whom workers become.  [default: who calls]")
 @click.option("--group", metavar="NAME", help="[default: the user's]")
 @click.option("--timeout", type=float, help=_by_default("timeout",
@@ -74,6 +77,10 @@ def run(config: str | None, check: bool, as_json: bool, **options: Any) -> int:
     (FASTRECV_RECEIVE_BUFFER; FASTRECV_LIMITS="nofile=1024,core=0"). Options come before the environment, and that
     before the file, which USR2 reads again.
 
+    With --backend xdp each worker reads queues of the interface, beside its socket; with several workers these, and no
+    policy but queue, decide who gets a sender. A restart loses nothing. A worker that is killed loses what was in its
+    rings, up to 2048 datagrams a queue, when none of a socket's are lost; the log says at the end how many.
+
     TERM or INT: stop, queues are read to their end. QUIT: at once. HUP: restart the workers with new code, one after
     the other. TTIN, TTOU: one worker more or less. USR2: new code and configuration for the supervisor itself, in
     place. `fastrecv workers` does the same, `fastrecv top` looks on.
@@ -84,6 +91,7 @@ def run(config: str | None, check: bool, as_json: bool, **options: Any) -> int:
     \b
     fastrecv run -b 0.0.0.0:2055 -w 4 --user nobody mypkg.collector:handle
     fastrecv run --config collector.toml --workers 8
+    fastrecv run -b 192.0.2.1:2055 --backend xdp -w 2 --policy queue mypkg.collector:handle
     """  # noqa: D301 - click wants the character
     if as_json and not check:
         raise click.UsageError("--json is for --check: a running service has --log-format json")

@@ -80,6 +80,8 @@ def status(given: Path | None, as_json: bool) -> None:
         f"{service.address}, {service.handler}: {service.state}, process {service.pid}, {span(service.uptime)}; "
         f"senders by {service.policy} ({service.chooser}), {counted(service.wanted)} wanted"
     )
+    if service.interface is not None:
+        click.echo(f"AF_XDP on {service.interface}; {service.in_rings:,} datagrams wait in rings, or were lost in them")
     output.table(
         ("worker", "pid", "state", "for", "datagrams", "batch", "handled", "failed", "killed", "ns/datagram", "queue",
          "drops", "restarts", "deaths"),

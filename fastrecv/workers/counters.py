@@ -26,7 +26,7 @@ __all__ = ["FILLS", "NAME", "ROW", "STATES", "Counters", "Row"]
 NAME = "fastrecv-counters"
 """Of the memfd, as /proc/PID/fd shows it."""
 _WORDS = ("pid", "state", "heartbeat", "datagrams", "bytes", "batches", "truncated", "handled", "handler_ns", "failed",
-          "errors", "killed", "starts", "snapshot", "deaths", "closed_drops")  # fmt: skip
+          "errors", "killed", "starts", "snapshot", "deaths", "closed_drops", "by_ring", "ring_drops")  # fmt: skip
 FILLS = MAX_BATCH.bit_length()
 """Places of `fill`: batches of 1, of 2 or 3, of 4 to 7, ... datagrams."""
 _WIDTH = 32  # words of a row: four cache lines, so that no two writers share one
@@ -42,14 +42,15 @@ took. failed : datagrams of batches whose handler raised an exception, errors : 
 snapshot and restore. killed : datagrams that were in the hands of workers that died. starts : how many workers have
 begun to read. snapshot : where the handler's state is kept (fastrecv.workers.snapshots), 0: nowhere; its upper 62 bits
 are the length in bytes. Where nobody reads, datagrams is handled + failed + killed. fill : batches by how many
-datagrams they had.
+datagrams they had. by_ring : datagrams that came by AF_XDP; ring_drops : those that were taken off the interface and
+dropped there: no frame was free for them, or they were not what they should be.
 
 Of the supervisor alone: deaths : workers that have ended otherwise than told. closed_drops : what the kernel dropped
 at sockets of this slot that are closed since.
 """
 STATES = ("idle", "reading", "stopped")
 _PID, _STATE, _HEARTBEAT, _DATAGRAMS, _BYTES, _BATCHES, _TRUNCATED, _HANDLED, _HANDLER_NS, _FAILED, _ERRORS, _KILLED, \
-    _STARTS, _SNAPSHOT, _DEATHS, _CLOSED_DROPS = range(len(_WORDS))  # fmt: skip
+    _STARTS, _SNAPSHOT, _DEATHS, _CLOSED_DROPS, _BY_RING, _RING_DROPS = range(len(_WORDS))  # fmt: skip
 _LENGTH = MAX_WORKERS * ROW.itemsize
 _MASK = (1 << 64) - 1
 
@@ -97,6 +98,7 @@ class Row:
     def __init__(self, words: memoryview) -> None:
         self._words = words
         self._before = words[_DATAGRAMS], words[_BYTES], words[_BATCHES], words[_TRUNCATED]
+        self._rings_before = words[_BY_RING], words[_RING_DROPS]
 
     def _add(self, word: int, count: int) -> None:
         """By the supervisor, whom no worker can end by what he has written here: it goes round."""
@@ -122,6 +124,11 @@ class Row:
         words[_BATCHES] = before_batches + batches
         words[_TRUNCATED] = before_truncated + truncated
         words[_FILL + datagrams.bit_length() - 1] += 1
+
+    def rings(self, received: int, dropped: int) -> None:
+        """What has come by AF_XDP since the row was opened."""
+        before_received, before_dropped = self._rings_before
+        self._words[_BY_RING], self._words[_RING_DROPS] = before_received + received, before_dropped + dropped
 
     def handled(self, datagrams: int, nanoseconds: int) -> None:
         """The handler has returned."""

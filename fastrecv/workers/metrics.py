@@ -142,6 +142,9 @@ class ServiceCollector(Collector):
         yield GaugeMetricFamily(
             "fastrecv_service_workers_restarting", "Workers that are still to be restarted.", service.restarting
         )
+        yield GaugeMetricFamily(
+            "fastrecv_service_in_rings", "Datagrams that wait in AF_XDP rings, or were lost in them.", service.in_rings
+        )
         yield CounterMetricFamily(
             "fastrecv_service_program_repairs", "How often the group's program was put back.", service.put_back
         )

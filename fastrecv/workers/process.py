@@ -66,7 +66,7 @@ class Process:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             words = [sys.executable, *_safe(), "-m", "fastrecv.workers.worker", str(theirs.fileno())]
-            kept = (theirs.fileno(), task.counters, task.socket, task.snapshots)
+            kept = (theirs.fileno(), *task.descriptors())
             try:
                 pid, pidfd = executed(words, kept, notify.without(os.environ) | ALONE, devnull=True)
             except BaseException:

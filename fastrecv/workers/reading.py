@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from fastrecv._recv import Batch
 from fastrecv.receiver import Receiver
@@ -23,6 +24,9 @@ from fastrecv.workers.logs import Limited
 from fastrecv.workers.orders import Orders
 from fastrecv.workers.settings import Task
 from fastrecv.workers.snapshots import Snapshots
+
+if TYPE_CHECKING:
+    from fastrecv.workers.rings import Rings
 
 __all__ = ["Reading"]
 
@@ -39,11 +43,11 @@ class Reading:
     """
 
     def __init__(
-        self, task: Task, handler: Handler, sock: socket.socket, counters: Counters, orders: Orders,
-        log: logging.Logger,
+        self, task: Task, handler: Handler, sock: socket.socket, rings: Rings | None, counters: Counters,
+        orders: Orders, log: logging.Logger,
     ) -> None:  # fmt: skip
         self._settings, self._slot, self._handler, self._sock = task.settings, task.slot, handler, sock
-        self._counters, self._orders = counters, orders
+        self._rings, self._counters, self._orders = rings, counters, orders
         self._log, self._errors, self._unkept = log, Limited(log), Limited(log)
         self._kept = task.snapshots
         self._idle = min(1.0, (task.settings.timeout or 3.0) / 3)  # seconds without a datagram until a sign of life
@@ -55,7 +59,11 @@ class Reading:
                 f"{task.settings.handler!r} takes batches of datagrams, and {described(sock)} has connections: give it "
                 "serve(sockets), a loop that accepts them"
             )
-
+        if handler.handle is None and task.settings.backend == "xdp":
+            raise HandlerError(
+                f"{task.settings.handler!r} has serve, a loop over sockets, which AF_XDP has none of: give it "
+                "handle(batch), or choose the backend socket"
+            )
         most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         if handler.stateful and most != resource.RLIM_INFINITY and most < snapshots.SIZE:
             raise HandlerError(
@@ -78,7 +86,8 @@ class Reading:
             if self._take_row():
                 if receiver is not None:
                     self._restore()
-                    self._read(receiver)
+                    with self._source(receiver) as source:
+                        self._read(source)
                 elif self._handler.serve is not None:
                     with _Watch(self._row, self._orders, self._idle):
                         self._handler.serve([self._sock])
@@ -101,7 +110,8 @@ class Reading:
             if self._take_row():
                 if receiver is not None:
                     await self._restore_async()
-                    await self._read_async(receiver)
+                    with self._source(receiver) as source:
+                        await self._read_async(source)
                 else:
                     with _Watch(self._row, self._orders, self._idle):
                         await called(self._handler.serve, [self._sock])
@@ -123,6 +133,17 @@ class Reading:
         if self._handler.handle is None:
             return None
         return stack.enter_context(Receiver(self._sock, batch_size=self._settings.batch_size))
+
+    @contextlib.contextmanager
+    def _source(self, receiver: Receiver) -> Iterator[Receiver | Rings]:
+        """What is read: the socket, and the rings, which are closed before the successor is to bind its own."""
+        if self._rings is None:
+            yield receiver
+            return
+        with self._rings as rings:
+            rings.begin(receiver, self._log)
+            yield rings
+            self._row.rings(*rings.counts())
 
     def _take_row(self) -> bool:
         """Begin to count, where it may read: nobody else writes the row any more."""
@@ -151,15 +172,15 @@ class Reading:
 
     # Batches
 
-    def _read(self, receiver: Receiver) -> None:
+    def _read(self, source: Receiver | Rings) -> None:
         handle = self._handler.handle
         assert handle is not None
-        while not self._orders.stop:
-            batch, began = self._received(receiver)
+        while self._goes_on():
+            batch, began = self._received(source)
             if not len(batch):
-                if self._orders.drain:
+                if self._orders.stop or self._orders.drain:
                     return
-                self._orders.idle(self._idle, receiver.fileno())
+                self._orders.idle(self._idle, source.fileno())
                 continue
             try:
                 handle(batch)
@@ -169,14 +190,14 @@ class Reading:
                 self._keep()
                 self._row.handled(len(batch), time.monotonic_ns() - began)
 
-    async def _read_async(self, receiver: Receiver) -> None:
+    async def _read_async(self, source: Receiver | Rings) -> None:
         handle = self._handler.handle
-        while not self._orders.stop:
-            batch, began = self._received(receiver)
+        while self._goes_on():
+            batch, began = self._received(source)
             if not len(batch):
-                if self._orders.drain:
+                if self._orders.stop or self._orders.drain:
                     return
-                await self._idle_async(self._idle, receiver.fileno())
+                await self._idle_async(self._idle, source.fileno())
                 continue
             try:
                 await called(handle, batch)
@@ -187,15 +208,24 @@ class Reading:
                 self._row.handled(len(batch), time.monotonic_ns() - began)
             await asyncio.sleep(0)  # a flood must not keep the loop from the handler's other tasks
 
-    def _received(self, receiver: Receiver) -> tuple[Batch, int]:
-        batch = receiver.recv_nowait()
+    def _goes_on(self) -> bool:
+        """Whether to receive again; what waits in rings would end with them."""
+        orders = self._orders
+        if self._rings is None:
+            return not orders.stop
+        return not (orders.stop or orders.drain) or self._rings.leave(to_the_end=not orders.stop)
+
+    def _received(self, source: Receiver | Rings) -> tuple[Batch, int]:
+        batch = source.recv_nowait()
         now = time.monotonic_ns()
         self._row.beat(now)
         if len(batch):
-            self._row.received(receiver.statistics(), len(batch))
-            if now - self._looked > _LOOK:
-                self._orders.look()
-                self._looked = now
+            self._row.received(source.statistics(), len(batch))
+        if now - self._looked > _LOOK or (self._rings is not None and not len(batch)):
+            if self._rings is not None:
+                self._row.rings(*self._rings.counts())
+            self._orders.look()
+            self._looked = now
         return batch, now
 
     def _failed(self, batch: Batch) -> None:

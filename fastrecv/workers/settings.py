@@ -17,7 +17,18 @@ from fastrecv.policies import Policy
 from fastrecv.workers.attributes import Attributes, allowed, limit, listed
 from fastrecv.workers.logs import LogFormat
 
-__all__ = ["MAX_WORKERS", "Identity", "SettingError", "Settings", "Task", "attributes", "identity", "is_tcp", "parsed"]
+__all__ = [
+    "MAX_WORKERS",
+    "Identity",
+    "Queues",
+    "SettingError",
+    "Settings",
+    "Task",
+    "attributes",
+    "identity",
+    "is_tcp",
+    "parsed",
+]
 
 MAX_WORKERS = 128
 """As many as a balancer has slots (bpf/balance.h)."""
@@ -42,8 +53,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What a service is to be. SettingError for what cannot be.
 
     handler : "package.module:name" (fastrecv.workers.handlers). bind : ADDRESS:PORT, numeric, [ADDRESS]:PORT for IPv6;
-    after "tcp:" for connections; None takes the sockets that systemd passes. workers : None: as many as systemd passes
-    sockets, else 1.
+    after "tcp:" for connections; None takes the sockets that systemd passes. backend : what datagrams come by, the
+    sockets alone, or AF_XDP before them; "auto" lets the interface, the privileges and the other settings decide
+    (fastrecv.workers.taking). workers : None: as many as systemd passes sockets, else 1.
     policy : whose datagrams stay with one worker (Policy.parse). user, group : names or numbers that workers become;
     None: they stay who the supervisor is. timeout : seconds without a sign of life until a worker is killed; 0: never.
     graceful_timeout : seconds to stop in, until it is killed. batch_size : datagrams of a batch at most.
@@ -60,6 +72,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     handler: str
     bind: str | None = None
+    backend: Literal["auto", "socket", "xdp"] = "socket"
     workers: int | None = None
     policy: str = "source"
     user: str | None = None
@@ -96,6 +109,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         for name, value in (("timeout", self.timeout), ("graceful_timeout", self.graceful_timeout)):
             if not (math.isfinite(value) and 0 <= value <= 86400):
                 raise SettingError(name, f"{value} is out of range: give 0 to 86400 seconds")
+        if self.backend == "xdp" and (why := without_xdp(self)):
+            raise SettingError(*why)
+
+
+def without_xdp(settings: Settings) -> tuple[str, str] | None:
+    """Which setting AF_XDP cannot do with, and why not; None where all of them will do."""
+    if settings.bind is None or is_tcp(settings.bind):
+        return "backend", "AF_XDP takes datagrams for an address of an interface: give bind one, or choose socket"
+    host, _ = parsed(settings.bind)
+    if ip_address(host).is_unspecified:
+        return "bind", f"AF_XDP is of one interface: give an address of it, not {host}, or choose the backend socket"
+    if settings.workers not in (None, 1) and Policy.parse(settings.policy).key != "queue":
+        return "policy", (
+            "with AF_XDP the queues of the interface decide which worker gets a sender: give queue, or one worker"
+        )
+    return None
 
 
 class Identity(NamedTuple):
@@ -106,11 +135,25 @@ class Identity(NamedTuple):
     groups: list[int]
 
 
+class Queues(msgspec.Struct, frozen=True):
+    """What a worker takes off an interface by AF_XDP.
+
+    numbers : of the queues. zero_copy : whether the card writes into the worker's memory. frame_size : bytes. sockets :
+    descriptor of the map by which the program in the interface finds the sockets of queues.
+    """
+
+    interface: str
+    numbers: list[int]
+    zero_copy: bool
+    frame_size: int
+    sockets: int
+
+
 class Task(msgspec.Struct, frozen=True):
     """What a fresh worker is told first.
 
     counters, socket, snapshots : descriptors that it has inherited. own : whether the socket's queue ends with the
-    service.
+    service. queues : None: it has its socket alone.
     """
 
     settings: Settings
@@ -121,6 +164,11 @@ class Task(msgspec.Struct, frozen=True):
     snapshots: int
     identity: Identity
     attributes: Attributes
+    queues: Queues | None = None
+
+    def descriptors(self) -> list[int]:
+        """All that it inherits."""
+        return [self.counters, self.socket, self.snapshots, *([] if self.queues is None else [self.queues.sockets])]
 
 
 def _halves(handler: str) -> list[str]:

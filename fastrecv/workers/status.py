@@ -15,8 +15,9 @@ from fastrecv.workers.counters import Counters
 from fastrecv.workers.fleet import Fleet
 from fastrecv.workers.slots import Slot
 from fastrecv.workers.steering import Chooser, Steering
+from fastrecv.workers.taking import Taking
 
-__all__ = ["Counts", "Service", "State", "Worker", "WorkerState", "taken"]
+__all__ = ["Counts", "Service", "State", "Worker", "WorkerState", "in_rings", "taken"]
 
 State = Literal["starting", "running", "restarting", "stopping"]
 WorkerState = Literal["starting", "joining", "reading", "waiting", "leaving", "given up"]
@@ -30,9 +31,9 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     datagrams, bytes, batches, truncated : received. fill : batches by how many datagrams they had: 1, 2 or 3, 4 to 7,
     ... handled : datagrams whose handler has returned; handler_seconds : what that took. failed : datagrams of batches
     whose handler raised an exception; errors : such batches. killed : datagrams in the hands of workers that died.
-    kernel_drops : datagrams that found no room in a queue, or met the filter of a service that stops; 32 bits a socket
-    (SO_MEMINFO). restarts : how often another worker than the first has begun to read. deaths : workers that have ended
-    otherwise than told.
+    kernel_drops : datagrams that found no room in a queue or ring, or met the filter of a service that stops; 32 bits a
+    socket (SO_MEMINFO). restarts : how often another worker than the first has begun to read. deaths : workers that
+    have ended otherwise than told.
     """
 
     datagrams: int
@@ -76,7 +77,9 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     classic BPF, or the kernel's hash. wanted : how many workers there shall be. restarting : how many are still to be
     restarted. failure : why the last restart or change of their number came to no good end. put_back : how often the
     group's program was put back in the place of another. renewed : sockets that had left the group. total : the counts
-    of all slots, also of those that are no more.
+    of all slots, also of those that are no more. interface : what AF_XDP takes datagrams off, and in which mode; None
+    where they come by sockets alone. in_rings : datagrams that it has taken and no worker has received: they wait, or
+    were lost with a worker that was killed.
     """
 
     pid: int
@@ -93,6 +96,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     renewed: int
     total: Counts
     workers: list[Worker]
+    interface: str | None = None
+    in_rings: int = 0
 
     @property
     def unready(self) -> str | None:
@@ -106,19 +111,36 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def taken(
-    fleet: Fleet, counters: Counters, steering: Steering, *, began: float, address: str, policy: str, handler: str
+    fleet: Fleet,
+    counters: Counters,
+    steering: Steering,
+    taking: Taking | None,
+    *,
+    began: float,
+    address: str,
+    policy: str,
+    handler: str,
 ) -> Service:
     """As it is now. began : time.monotonic() when the service did."""
     now, rows = time.monotonic(), counters.read()
     workers = [_worker(slot, rows[slot.number : slot.number + 1], now) for slot in fleet.slots]
     gone = np.delete(rows, [slot.number for slot in fleet.slots])
-    drops = int(gone["closed_drops"].sum()) + sum(worker.kernel_drops for worker in workers)
+    drops = int(gone["closed_drops"].sum() + gone["ring_drops"].sum()) + sum(worker.kernel_drops for worker in workers)
     return Service(
         pid=os.getpid(), uptime=round(now - began, 3), address=address, policy=policy, chooser=steering.chooser,
         handler=handler, state=_state(fleet), wanted=fleet.wanted, restarting=fleet.restarting, failure=fleet.failure,
         put_back=steering.repairs.put_back, renewed=steering.repairs.renewed,
         total=Counts(**_counts(rows), kernel_drops=drops), workers=workers,
+        interface=None if taking is None else str(taking), in_rings=in_rings(counters, taking),
     )  # fmt: skip
+
+
+def in_rings(counters: Counters, taking: Taking | None) -> int:
+    """Datagrams that were taken off the interface, and neither received nor dropped by who counts it."""
+    if taking is None:
+        return 0
+    rows = counters.read()  # first: workers go on meanwhile
+    return max(0, taking.taken - int(rows["by_ring"].sum() + rows["ring_drops"].sum()))
 
 
 def _state(fleet: Fleet) -> State:
@@ -137,7 +159,7 @@ def _worker(slot: Slot, rows: NDArray[np.void], now: float) -> Worker:
         slot=slot.number, pid=process.pid if process is not None else None, state=_worker_state(slot),
         reading_seconds=None if since is None else round(now - since, 3), given_up=slot.abandoned, cause=slot.cause,
         queue_bytes=held.queued, queue_limit=held.limit, **_counts(rows),
-        kernel_drops=int(rows["closed_drops"].sum()) + held.drops,
+        kernel_drops=int(rows["closed_drops"].sum() + rows["ring_drops"].sum()) + held.drops,
     )  # fmt: skip
 
 

@@ -83,7 +83,9 @@ class Steering:
                 raise
             log.warning("policy %s takes CAP_BPF: the kernel's hash of both ends decides who gets a sender", policy)
             return cls(None, Guard(None, log), kept, log)
-        if isinstance(by, Filter):
+        if isinstance(by, Filter) and not policy.ebpf:
+            log.info("senders are divided by %s, in classic BPF", policy)
+        elif isinstance(by, Filter):
             log.warning("without CAP_BPF: classic BPF by %s, so a worker more or less moves nearly all senders", policy)
         else:
             log.info("senders are balanced by %s", policy)

@@ -17,13 +17,13 @@ from typing import NoReturn
 import msgspec
 
 from fastrecv.errors import StateError
-from fastrecv.workers import fleet, steering
+from fastrecv.workers import fleet, steering, taking
 from fastrecv.workers.process import ending, executed, exit_status
 from fastrecv.workers.settings import Settings
 
 __all__ = ["FORMAT", "Check", "Record", "execute", "fixed", "inherited"]
 
-FORMAT = 1
+FORMAT = 2
 """Of a Record: to be counted up with every change of it."""
 _VARIABLE = "FASTRECV_SUCCESSION"  # the memfd's number
 _PATIENCE = 60.0  # seconds that a check may take
@@ -43,6 +43,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     counters: int
     control: int | None
     steering: steering.Record
+    taking: taking.Record | None
     fleet: fleet.Record
     began: float
     end_by: float
@@ -54,6 +55,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         if self.control is not None:
             yield self.control
         yield from self.steering.descriptors()
+        if self.taking is not None:
+            yield from self.taking.descriptors()
         for slot in self.fleet.slots:
             yield from (slot.sock, slot.snapshots)
             for process in (slot.reader, slot.successor, *slot.going):
@@ -63,7 +66,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 def fixed(settings: Settings) -> dict[str, str | None]:
     """Settings that sockets, maps and paths were made by."""
-    return {"bind": settings.bind, "policy": settings.policy, "control": settings.control}
+    return {"bind": settings.bind, "backend": settings.backend, "policy": settings.policy, "control": settings.control}
 
 
 def inherited(settings: Settings) -> Record | None:

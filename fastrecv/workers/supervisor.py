@@ -22,9 +22,10 @@ from fastrecv.workers.notify import Manager
 from fastrecv.workers.settings import Settings, Task, attributes, identity
 from fastrecv.workers.signals import Signals
 from fastrecv.workers.slots import Slot
-from fastrecv.workers.status import Service, taken
+from fastrecv.workers.status import Service, in_rings, taken
 from fastrecv.workers.steering import Steering
 from fastrecv.workers.succession import Check, Record
+from fastrecv.workers.taking import Taking
 
 __all__ = ["Supervisor"]
 
@@ -56,6 +57,7 @@ class Supervisor:
         self._at_once = False
         self._end_by = 0.0
         self._check: Check | None = None
+        self._taking: Taking | None = None
         self._began = time.monotonic()
 
     def run(self) -> int:
@@ -100,17 +102,25 @@ class Supervisor:
             stack.enter_context(sock)
         members = opening.members(self._settings, passed)
         try:
+            self._taking = Taking.begin(self._settings, len(members), self._log)
             self._steering = Steering.begin(self._policy, members, self._log, passed=bool(passed))
         except BaseException:
             for sock in members:
                 sock.close()
+            self._let_go()
             raise
         self._counters = Counters()
         self._fleet = self._made()
         self._fleet.hold(members, passed)
 
+    def _let_go(self) -> None:
+        """Of the interface."""
+        if self._taking is not None:
+            self._taking.close()
+
     def _resume(self, record: Record) -> None:
         """Go on from where the program before this one was."""
+        self._taking = None if record.taking is None else Taking(record.taking)
         members = [socket.socket(fileno=slot.sock) for slot in record.fleet.slots]
         self._steering = Steering.resume(record.steering, self._policy, members[0], self._log)
         self._counters = Counters(record.counters)
@@ -118,7 +128,7 @@ class Supervisor:
         self._fleet = self._made()
         self._fleet.resume(record.fleet, members)
         if self._settings.workers not in (None, record.workers):
-            self._fleet.scale(self._settings.workers)
+            self.scale(self._settings.workers)
 
     @property
     def _port(self) -> int:
@@ -143,7 +153,8 @@ class Supervisor:
         settings = self._settings
         return Record(
             fixed=succession.fixed(settings), workers=settings.workers, counters=self._counters.fd,
-            control=self._doors.control, steering=self._steering.record(), fleet=self._fleet.record(),
+            control=self._doors.control, steering=self._steering.record(),
+            taking=None if self._taking is None else self._taking.record(), fleet=self._fleet.record(),
             began=self._began, end_by=self._end_by,
         )  # fmt: skip
 
@@ -162,6 +173,8 @@ class Supervisor:
             found += [privileges.CAP_SETUID, privileges.CAP_KILL]
         if privileges.is_privileged_port(self._port):
             found.append(privileges.CAP_NET_BIND_SERVICE)
+        if self._taking is not None:
+            found += [privileges.CAP_NET_RAW, privileges.CAP_IPC_LOCK]
         if (self._settings.receive_buffer or 0) > receive_buffer_limit():
             found.append(privileges.CAP_NET_ADMIN)
         return found
@@ -170,6 +183,7 @@ class Supervisor:
         """Leave nothing behind."""
         if self._check is not None:
             self._check.close()
+        self._let_go()
         self._steering.close()
         self._fleet.close()
         self._counters.close()
@@ -177,7 +191,7 @@ class Supervisor:
     def _task(self, slot: Slot) -> Task:
         return Task(
             self._settings, slot.number, self._counters.fd, slot.sock.fileno(), slot.own, slot.snapshots,
-            self._identity, self._attributes,
+            self._identity, self._attributes, None if self._taking is None else self._taking.queues(slot.number),
         )  # fmt: skip
 
     def _over(self) -> bool:
@@ -197,6 +211,8 @@ class Supervisor:
             "stopped: %(datagrams)d datagrams received, %(handled)d handled, %(failed)d failed, "
             "%(killed)d in the hands of workers that died", total,
         )  # fmt: skip
+        if lost := in_rings(self._counters, self._taking):
+            self._log.error("%d datagrams are lost that were in rings of workers that died", lost)
         if self._at_once:
             return 0
         if not self._fleet.stopping:
@@ -278,7 +294,7 @@ class Supervisor:
     def status(self) -> Service:
         """How it stands."""
         return taken(
-            self._fleet, self._counters, self._steering, began=self._began, address=self._address,
+            self._fleet, self._counters, self._steering, self._taking, began=self._began, address=self._address,
             policy=self._settings.policy, handler=self._settings.handler,
         )  # fmt: skip
 
@@ -289,7 +305,11 @@ class Supervisor:
 
     def scale(self, workers: int) -> None:
         """So many workers, within what can be."""
-        self._fleet.scale(workers)
+        if self._taking is None:
+            self._fleet.scale(workers)
+        elif workers != self._fleet.wanted:
+            self._fleet.failure = "with AF_XDP the number of workers stays: stop the service, start it with another one"
+            self._log.error("%s", self._fleet.failure)
 
     def stop(self, *, now: bool) -> None:
         """Stop when queues have been read to their end; now : at once."""

@@ -12,6 +12,7 @@ import socket
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -24,6 +25,9 @@ from fastrecv.workers.orders import LONGEST, Orders
 from fastrecv.workers.reading import Reading
 from fastrecv.workers.settings import Identity, Task
 
+if TYPE_CHECKING:
+    from fastrecv.workers.rings import Rings
+
 __all__ = ["FAILED", "main"]
 
 FAILED = 3
@@ -34,23 +38,32 @@ def main(fd: int) -> int:
     """Work until told to stop; the exit code."""
     with socket.socket(fileno=fd) as sock:
         task = msgspec.json.decode(sock.recv(LONGEST), type=Task)
-        for inherited in (fd, task.counters, task.socket, task.snapshots):  # not by what the service's code executes
+        for inherited in (fd, *task.descriptors()):  # not by what the service's code executes
             os.set_inheritable(inherited, False)
         for number in (signal.SIGINT, signal.SIGTERM):  # the supervisor says when; what is executed has its own way
             signal.signal(number, _ignore)
         orders = Orders(sock, lambda: _forsaken(task))
         try:
             task.attributes.apply(task.slot)
-            become(task.identity)
-            _watch_parent(task)
-            sys.path.insert(0, str(Path.cwd()))
-            _work(task, load(task.settings.handler), orders)
+            with contextlib.closing(_rings(task)) if task.queues is not None else contextlib.nullcontext() as rings:
+                become(task.identity)
+                _watch_parent(task)
+                sys.path.insert(0, str(Path.cwd()))
+                _work(task, load(task.settings.handler), orders, rings)
         except (HandlerError, OSError, privileges.OtherThreadsError) as error:
             if not orders.waiting:
                 raise
             orders.say(f"failed {error}")
             return FAILED
     return 0
+
+
+def _rings(task: Task) -> Rings:
+    """What takes privileges of them."""
+    from fastrecv.workers.rings import Rings  # noqa: PLC0415 - workers run without libxdp
+
+    assert task.queues is not None
+    return Rings(task.queues, task.settings.batch_size)
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:
@@ -97,11 +110,11 @@ def become(identity: Identity) -> None:
     privileges.keep_only()
 
 
-def _work(task: Task, handler: Handler, orders: Orders) -> None:
+def _work(task: Task, handler: Handler, orders: Orders, rings: Rings | None) -> None:
     log = logs.opened(task.settings.log_format, task.slot)
     logs.take_uncaught(log)
     with socket.socket(fileno=task.socket) as sock, Counters(task.counters) as counters:
-        Reading(task, handler, sock, counters, orders, log).run()
+        Reading(task, handler, sock, rings, counters, orders, log).run()
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ softflowd sends its templates first, and then not for long: a worker that takes 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +20,9 @@ import pytest
 from fastrecv.netns import Namespace
 from tests.kernel.exporting import captured, softflowd
 from tests.kernel.supervising import ADDRESS, PORT, Service, namespace, until
+
+if TYPE_CHECKING:
+    from tests.kernel.cable import Cable
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "collector"
 FLOWS = 248  # of an exporter
@@ -41,6 +46,11 @@ def ns() -> Iterator[Namespace]:
 
 @pytest.fixture
 def folder(ns: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return prepared(tmp_path, monkeypatch)
+
+
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the services, and of what they write."""
     (tmp_path / "collectors.py").write_text(COLLECTORS.format(example=str(EXAMPLE)))
     (tmp_path / "written").mkdir()
     monkeypatch.setenv("FLOWS_FOLDER", str(tmp_path / "written"))
@@ -58,13 +68,19 @@ class Exports:
         self.datagrams = softflowd(capture, version, FLOWS)
         self._service = service
 
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[socket.socket]:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind((self.source, 0))
+            sock.connect((ADDRESS, PORT))
+            yield sock
+
     def send(self, datagrams: list[bytes]) -> int:
         """Which slot has got them; all are handled."""
         before = self._service.rows()["handled"][:2].astype(int)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.bind((self.source, 0))
+        with self._connected() as sock:
             for datagram in datagrams:
-                sock.sendto(datagram, (ADDRESS, PORT))
+                sock.send(datagram)
 
         def handled() -> list[int]:
             return [int(count) for count in self._service.rows()["handled"][:2].astype(int) - before]
@@ -73,6 +89,19 @@ class Exports:
         slot = handled().index(len(datagrams))
         assert handled()[1 - slot] == 0
         return slot
+
+
+class Distant(Exports):
+    """From the far end of a cable, always by the same socket, which the kernel gives one of its queues."""
+
+    def __init__(self, folder: Path, service: Service, version: int, cable: Cable) -> None:
+        super().__init__(folder, service, version)
+        self._client = cable.client()
+        self.source = self._client.getsockname()[0]
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[socket.socket]:
+        yield self._client
 
 
 def written(folder: Path) -> dict[tuple[str, int], dict[str, int]]:
@@ -135,6 +164,33 @@ def test_a_rolling_restart_writes_every_flow_once(folder: Path, monkeypatch: pyt
         service.says("all workers are new")
         for exports in exporters:
             exports.send(exports.datagrams[5:])
+        assert service.stop() == 0
+    found = written(folder)
+    assert found == {(exports.source, exports.version): whole(exports) for exports in exporters}
+
+
+@pytest.mark.needs("AF_XDP in copy mode")
+def test_it_runs_on_af_xdp_with_one_changed_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.kernel.cable import NEAR, laid  # needs libxdp, which few tests do
+
+    folder = prepared(tmp_path, monkeypatch)
+    xdp = ("--backend", "xdp", "--policy", "queue")
+    with laid(queues=2) as cable, cable.near, Service(
+        folder, "collectors:Collector", "-w", 2, *xdp, bind=f"{NEAR}:{PORT}"
+    ) as service:  # fmt: skip
+        service.begun(2)
+        cable.net.link("set", index=1, state="up")
+        exporters = [Distant(folder, service, version, cable) for version in (NETFLOW5, NETFLOW9, IPFIX)]
+        slots = [exports.send(exports.datagrams[:3]) for exports in exporters]
+        service.send(signal.SIGHUP)
+        service.says("all workers are new")
+        assert slots == [exports.send(exports.datagrams[3:5]) for exports in exporters]
+        for slot in set(slots):
+            os.kill(service.pids(2)[slot], signal.SIGKILL)
+        service.begun(4 + len(set(slots)))
+        assert slots == [exports.send(exports.datagrams[5:]) for exports in exporters]
+        rows = service.rows()[:2]
+        assert rows["by_ring"].sum() > 0
         assert service.stop() == 0
     found = written(folder)
     assert found == {(exports.source, exports.version): whole(exports) for exports in exporters}

@@ -103,11 +103,14 @@ def test_a_row_is_counted_on_by_the_next_worker() -> None:
         first.received(received(10), 10)
         first.handled(10, 500)
         first.received(received(17, 2), 7)
+        first.rings(10, 3)
+        first.rings(17, 3)
         assert first.settle() == 7
         assert first.settle() == 0
         second = counters.row(3)
         second.begin(42)
         second.received(received(5), 5)
+        second.rings(13, 0)
         second.failed(5)
         second.stop()
         second.died()
@@ -119,7 +122,7 @@ def test_a_row_is_counted_on_by_the_next_worker() -> None:
     assert {name: int(row[name]) for name in ROW.names or () if name not in ("heartbeat", "fill")} == {
         "pid": 42, "state": STATES.index("idle"), "datagrams": 22, "bytes": 2200, "batches": 3, "truncated": 0,
         "handled": 10, "handler_ns": 500, "failed": 5, "errors": 1, "killed": 7, "starts": 2, "snapshot": 0,
-        "deaths": 1, "closed_drops": 9,
+        "deaths": 1, "closed_drops": 9, "by_ring": 30, "ring_drops": 3,
     }  # fmt: skip
     assert row["fill"].tolist() == [0, 0, 2, 1, 0, 0, 0, 0, 0, 0, 0]  # 5 and 7, 10
     assert ROW.itemsize % 64 == 0

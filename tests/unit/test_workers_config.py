@@ -61,9 +61,9 @@ def test_the_command_line_comes_before_the_environment_and_that_before_the_file(
 
 def test_every_setting_can_be_given_by_the_environment() -> None:
     whole = Settings(
-        handler="a:b", bind="192.0.2.1:53", workers=3, policy="flow", user="nobody", group="nogroup", timeout=1.5,
-        graceful_timeout=2.5, batch_size=8, receive_buffer=9, on_error="exit", given_up="wait", cpus="0,2", nice=3,
-        limits={"core": "0"}, log_format="json", control="/run/a.sock", metrics="127.0.0.1:9",
+        handler="a:b", bind="192.0.2.1:53", backend="auto", workers=3, policy="flow", user="nobody", group="nogroup",
+        timeout=1.5, graceful_timeout=2.5, batch_size=8, receive_buffer=9, on_error="exit", given_up="wait", cpus="0,2",
+        nice=3, limits={"core": "0"}, log_format="json", control="/run/a.sock", metrics="127.0.0.1:9",
     )  # fmt: skip
     given = msgspec.structs.asdict(whole)
     assert all(given[field.name] != field.default for field in msgspec.structs.fields(Settings)), "say each of them"
@@ -109,6 +109,13 @@ def test_a_task_is_the_same_at_the_worker() -> None:
         ("cpus = '3-1'", "cpus: '3-1' is no list of CPUs: give one like 0-3,6"),
         ("bind = 'localhost:53'", "bind: 'localhost:53' is no address to bind to"),
         ("policy = 'sauce'", "policy: policy 'sauce'"),
+        ("backend = 'xdp'", "backend: AF_XDP takes datagrams for an address of an interface: give bind one"),
+        (
+            "backend = 'xdp'\nbind = 'tcp:192.0.2.1:53'",
+            "backend: AF_XDP takes datagrams for an address of an interface",
+        ),
+        ("backend = 'xdp'\nbind = '[::]:53'", "bind: AF_XDP is of one interface: give an address of it, not ::"),
+        ("backend = 'dpdk'", "backend: 'dpdk' is none of auto, socket, xdp"),
         ("workers =", "is not TOML: Invalid value (at "),
     ],
 )
@@ -140,6 +147,16 @@ def test_environments_that_make_no_sense(environment: dict[str, str], message: s
     with pytest.raises(ConfigError) as caught:
         gathered({}, None, {"FASTRECV_HANDLER": "a:b", **environment})
     assert str(caught.value).startswith(message)
+
+
+def test_several_workers_on_af_xdp_need_the_policy_that_its_queues_are() -> None:
+    with pytest.raises(
+        SettingError, match=r"policy: with AF_XDP the queues of the interface decide .* give queue, or one"
+    ):
+        Settings(handler="a:b", bind="192.0.2.1:53", backend="xdp", workers=2, policy="flow")
+    Settings(handler="a:b", bind="192.0.2.1:53", backend="xdp", workers=2, policy="queue")
+    Settings(handler="a:b", bind="192.0.2.1:53", backend="xdp", policy="flow")
+    Settings(handler="a:b", bind="0.0.0.0:53", backend="auto", workers=2)
 
 
 def test_what_others_call_by_names_like_ours_is_left_alone() -> None:
