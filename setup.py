@@ -47,6 +47,10 @@ def compile_bpf() -> None:
 
 
 class BuildExt(build_ext):
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.parallel = os.cpu_count()  # compilers, unless -j says how many
+
     def run(self) -> None:
         compile_bpf()
         super().run()

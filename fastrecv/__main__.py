@@ -11,14 +11,11 @@ def main() -> int:
         from fastrecv.cli.main import run  # noqa: PLC0415 - the commands' libraries are an extra
         from fastrecv.privileges import ALONE, OtherThreadsError  # noqa: PLC0415 - the same
     except ImportError as error:
-        if error.name and error.name.startswith("fastrecv"):
-            reason = str(error)
-        else:
-            reason = f"the commands need {error.name}: pip install 'fastrecv[cli]'"
-        print(f"fastrecv: {reason}", file=sys.stderr)
-        return 77
+        return _missing(error)
     try:
         return run()
+    except ImportError as error:  # a command is imported when it is called
+        return _missing(error)
     except OtherThreadsError:
         if os.environ.items() >= ALONE.items():
             raise
@@ -30,6 +27,15 @@ def main() -> int:
             print(f"fastrecv: {sys.executable}: {error.strerror}; set {variables}, or let this user execute it",
                   file=sys.stderr)  # fmt: skip
             return 77
+
+
+def _missing(error: ImportError) -> int:
+    if error.name and error.name.startswith("fastrecv"):
+        reason = str(error)
+    else:
+        reason = f"the commands need {error.name}: pip install 'fastrecv[cli]'"
+    print(f"fastrecv: {reason}", file=sys.stderr)
+    return 77
 
 
 if __name__ == "__main__":

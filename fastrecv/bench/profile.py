@@ -23,6 +23,8 @@ __all__ = ["PROFILED", "ProfileError", "choose_event", "runs", "shares"]
 
 _HERTZ = 3999  # odd, so that it does not beat with the timer tick
 _BURST = 1 << 13  # frames a call while perf samples: a few ms
+# The kernel's symbols, BPF's among them, are in kallsyms: BPF events and build ids cost up to a second and say no more.
+_BARE = ("--no-bpf-event", "--no-buildid", "--no-buildid-cache")
 _RUNS = 1 << 14  # program runs to time
 _RUNS_WARMUP = 1 << 11
 
@@ -40,7 +42,7 @@ def choose_event() -> str:
     for event in ("cycles", "cpu-clock"):
         with tempfile.TemporaryDirectory() as folder:
             data = f"{folder}/perf.data"
-            done = _perf("record", "-q", "-e", event, "-o", data, "--", "true")
+            done = _perf("record", "-q", *_BARE, "-e", event, "-o", data, "--", "true")
             if done.returncode == 0:
                 # Without a PMU some versions of perf take cpu-clock for cycles without a word: ask what was recorded.
                 recorded = _perf("evlist", "-i", data).stdout
@@ -58,9 +60,8 @@ def shares(stage: Stage, event: str, seconds: float) -> None:
         with tempfile.TemporaryDirectory() as folder:
             data = f"{folder}/perf.data"
             with row.attach(), flowing(stage, row, XDP_PASS, _BURST), pinned(*(others or {stage.cpu})):
-                # BPF symbols are in kallsyms; asking for BPF events would cost a second more.
                 recorded = _perf(
-                    "record", "-q", "--no-bpf-event", "-e", event, "-F", str(_HERTZ), "-C", str(stage.cpu), "-g",
+                    "record", "-q", *_BARE, "-e", event, "-F", str(_HERTZ), "-C", str(stage.cpu), "-g",
                     "-o", data, "--", "sleep", str(seconds),
                 )  # fmt: skip
             if recorded.returncode:

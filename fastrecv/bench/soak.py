@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy  # its parts when they are asked for: statistics alone take half a second to import
 
 from fastrecv import bpf
 from fastrecv.bench import survive

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.stats
+import scipy  # its parts when they are asked for: statistics alone take half a second to import
 from numpy.typing import ArrayLike, NDArray
 
 from fastrecv.bench.results import Flood, Gate, Interval, Verdict

@@ -6,6 +6,7 @@ interrupted.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -16,15 +17,7 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from fastrecv.cli.balance import balance
-from fastrecv.cli.connect import connect
 from fastrecv.cli.doctor import MISSING, doctor
-from fastrecv.cli.listen import listen
-from fastrecv.cli.lookup import lookup
-from fastrecv.cli.run import run as run_service
-from fastrecv.cli.top import top
-from fastrecv.cli.watch import watch
-from fastrecv.cli.workers import workers
 from fastrecv.errors import NotSupported
 from fastrecv.rules import RuleSetError
 
@@ -32,9 +25,24 @@ __all__ = ["run"]
 
 _FAILED = 1
 _INTERRUPTED = 128 + signal.SIGINT
+_ELSEWHERE = ("balance", "connect", "listen", "lookup", "run", "top", "watch", "workers")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Commands(click.Group):
+    """A command's module has its name, and is imported when it is called: all together take longer than most do."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_ELSEWHERE})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        found = getattr(importlib.import_module(f"fastrecv.cli.{cmd_name}"), cmd_name)
+        assert isinstance(found, click.Command)
+        return found
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="fastrecv", message="fastrecv %(version)s")
 def fastrecv() -> None:
     """Steer packets to sockets.
@@ -52,15 +60,7 @@ def completion(shell: str) -> None:
     click.echo(kind(fastrecv, {}, "fastrecv", "_FASTRECV_COMPLETE").source())
 
 
-fastrecv.add_command(lookup)
-fastrecv.add_command(balance)
 fastrecv.add_command(doctor)
-fastrecv.add_command(listen)
-fastrecv.add_command(connect)
-fastrecv.add_command(watch)
-fastrecv.add_command(run_service)
-fastrecv.add_command(workers)
-fastrecv.add_command(top)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

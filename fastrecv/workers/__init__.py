@@ -9,7 +9,19 @@ Whoever may run code in a worker may do to its socket what its owner may: connec
 The supervisor puts that right within a second or two (fastrecv/workers/guarding.py).
 """
 
+from typing import TYPE_CHECKING
+
 from fastrecv.workers.settings import Settings
-from fastrecv.workers.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from fastrecv.workers.supervisor import Supervisor
 
 __all__ = ["Settings", "Supervisor"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Supervisor":
+        from fastrecv.workers.supervisor import Supervisor  # noqa: PLC0415 - workers begin sooner without it
+
+        return Supervisor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

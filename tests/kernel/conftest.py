@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fastrecv import bpf
+from fastrecv.bench.lab import quick_grace_periods
 from fastrecv.bench.runner import NEEDS
 from tests.kernel.balancing import group
 from tests.kernel.commands import Command
@@ -70,6 +71,13 @@ def nothing_left_behind() -> Iterator[None]:
         assert isinstance(new, set)
         assert not new - old, f"{what} left behind: {new - old}"
     assert after[3] == before[3], "rcu_expedited was not put back"
+
+
+@pytest.fixture
+def quick() -> Iterator[None]:
+    """Grace periods of RCU end at once: for tests that wait for hundreds of them, and not for what they guard."""
+    with quick_grace_periods():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,8 @@ from fastrecv.policies import BUCKETS, Policy
 from tests.kernel.balancing import balanced, homes, senders, takers
 from tests.kernel.steering import UDP, Stage
 
+pytestmark = pytest.mark.usefixtures("quick")  # hundreds of balancers are made and ended, table by table
+
 FILES = {module.__file__ for module in (balance, balance_life, balance_maps, leaving, pins)}
 CHANGING = {
     *("create", "_make", "give_to", "make", "pin", "write_document", "destroy", "remove"),

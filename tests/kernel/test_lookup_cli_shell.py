@@ -143,11 +143,12 @@ def test_the_process_exits_with_what_the_command_says(loaded: Command) -> None:
     assert process(*COMMAND, "--version").stdout.startswith("fastrecv ")
 
 
-def test_without_the_libraries_of_the_commands_one_line_says_what_to_install() -> None:
-    text = "import sys; sys.modules['click'] = None; from fastrecv.__main__ import main; sys.exit(main())"
-    found = process(sys.executable, "-c", text)
+@pytest.mark.parametrize(("library", "words"), [("click", []), ("prometheus_client", ["lookup", "status"])])
+def test_without_the_libraries_of_the_commands_one_line_says_what_to_install(library: str, words: list[str]) -> None:
+    text = f"import sys; sys.modules[{library!r}] = None; from fastrecv.__main__ import main; sys.exit(main())"
+    found = process(sys.executable, "-c", text, *words)
     assert (found.returncode, found.stdout) == (77, "")
-    assert one_line(found.stderr) == "the commands need click: pip install 'fastrecv[cli]'"
+    assert one_line(found.stderr) == f"the commands need {library}: pip install 'fastrecv[cli]'"
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from fastrecv.bench import cli, results
-from fastrecv.bench.lab import quick_grace_periods
 from fastrecv.bench.results import Flood, Gate
 from fastrecv.bench.stage import Row, Stage
 from fastrecv.bench.steer import STEERED, SteerPlan
@@ -33,10 +32,14 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*BENCH, *arguments], capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.fixture
-def quick() -> Iterator[None]:
-    with quick_grace_periods():
-        yield
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """`show`, run here: exit code, what is printed, complaints."""
+    before = signal.getsignal(signal.SIGTERM)
+    capsys.readouterr()
+    try:
+        return (cli.main(["show", *arguments]), *capsys.readouterr())
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def planned(flood: str, sources: int = 1000) -> tuple[SteerPlan, Flood]:
@@ -50,7 +53,7 @@ def row_of(stage: Stage, name: str) -> Row:
 
 
 @pytest.mark.parametrize("name", STEERED)
-def test_every_row_is_measured_counted_and_kept(tmp_path: Path, name: str) -> None:
+def test_every_row_is_measured_counted_and_kept(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     json_file, plot = tmp_path / "steer.json", tmp_path / "steer.svg"
     done = bench("steer", "--flood", name, "--seconds", "1", "--sources", "500", "--json", str(json_file),
                  "--plot", str(plot))  # fmt: skip
@@ -73,10 +76,10 @@ def test_every_row_is_measured_counted_and_kept(tmp_path: Path, name: str) -> No
         assert (row.run is not None) == (row.name in BPF)
         assert f"| {row.title} " in done.stdout
     assert ElementTree.fromstring(plot.read_text()).tag.endswith("svg")
-    assert bench("show", str(json_file)).stdout == done.stdout
-    refused = bench("show", str(json_file), "--report", str(tmp_path / "page.html"))
-    assert refused.returncode == 2
-    assert "a result of `steer` has no HTML page: take --plot" in refused.stderr
+    assert shown(capsys, str(json_file)) == (0, done.stdout, "")
+    code, _, refusal = shown(capsys, str(json_file), "--report", str(tmp_path / "page.html"))
+    assert code == 2
+    assert "a result of `steer` has no HTML page: take --plot" in refusal
 
 
 @pytest.mark.parametrize("name", STEERED)

@@ -102,7 +102,7 @@ def test_a_socket_may_be_kept_to_ipv6() -> None:
         sock.bind(("127.0.0.1", receiver.address[1]))  # would be taken, were it both
 
 
-@pytest.mark.parametrize("name", ["path", b"\0fastrecv-test-%d" % os.getpid()])
+@pytest.mark.parametrize("name", ["path", b"\0fastrecv-test-%d" % os.getpid()], ids=["path", "abstract"])
 def test_unix_datagrams_with_and_without_a_sender(name: str | bytes, tmp_path: Path) -> None:
     address = str(tmp_path / name) if isinstance(name, str) else name
     with Receiver.bind(address) as receiver:
