@@ -17,7 +17,8 @@ bench: setup
 
 test: PACKAGES += bind9-dnsutils curl ngtcp2-client $(DAEMONS_NEED) # real clients for the services that the tests run
 test: setup $(DAEMONS:%=$(VENV)/unpacked/%)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/packaging tests/unit
+	$(BIN)/python -m pytest tests/kernel # one at a time: each looks at what it leaves behind on this host
 
 # Every receiver against a C loop, interleaved (a minute and a half); then the same in pytest-benchmark's tables.
 compare: setup

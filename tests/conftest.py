@@ -6,9 +6,13 @@ import os
 from errno import EACCES, EPERM
 
 import pytest
+from hypothesis import settings
 
 from fastrecv import features
 from fastrecv.errors import NotSupported
+
+settings.register_profile("unhurried", deadline=None)  # no example has to be fast: others may use the CPU meanwhile
+settings.load_profile("unhurried")
 
 REQUIRED = os.environ.get("FASTRECV_REQUIRE_KERNEL") == "1"
 

@@ -167,7 +167,7 @@ def test_putting_things_right_may_end_at_any_step_too(
     assert_gone(stage, bpffs)
 
 
-@pytest.mark.parametrize("seconds", [6, pytest.param(60, marks=pytest.mark.proof)])
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.proof)])
 def test_two_processes_change_the_state_and_are_killed_at_random_and_it_is_always_whole(
     stage: Stage, bpffs: Path, seconds: float
 ) -> None:

@@ -153,15 +153,14 @@ def a_packet(draw: st.DrawFn) -> Packet:
     return draw(st.sampled_from(["tcp", "udp"])), draw(near), draw(near), draw(st.sampled_from([*PORTS, 54]))
 
 
-@pytest.mark.parametrize("roomy", [0, 32], ids=["trees-for-few", "tables-for-all"])
-@given(
+roominess = pytest.mark.parametrize("roomy", [0, 32], ids=["trees-for-few", "tables-for-all"])
+cases = given(
     bindings=st.lists(a_binding(), max_size=25) | st.lists(a_binding(conditional=False), max_size=25) | crowds(),
     packets=st.lists(a_packet(), min_size=10, max_size=10),
 )
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-def test_the_kernel_decides_as_documented(
-    sockets: Sockets, roomy: int, bindings: list[Binding], packets: list[Packet]
-) -> None:
+
+
+def assert_decided(sockets: Sockets, roomy: int, bindings: list[Binding], packets: list[Packet]) -> None:
     unique = {(b.protocol, b.prefix, b.ports, b.source, b.interface): b for b in bindings}
     chosen = list(unique.values())
     with mock.patch.object(steering_tables, "_ROOMY", roomy), loaded(chosen, sockets) as lookup:
@@ -169,6 +168,25 @@ def test_the_kernel_decides_as_documented(
             protocol, source, destination, port = packet
             found = ask(lookup, PROTOCOLS[protocol], source, destination, port)
             assert found == expected(chosen, sockets, packet), packet
+
+
+@roominess
+@cases
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_the_kernel_decides_as_documented(
+    sockets: Sockets, roomy: int, bindings: list[Binding], packets: list[Packet]
+) -> None:
+    assert_decided(sockets, roomy, bindings, packets)
+
+
+@pytest.mark.proof
+@roominess
+@cases
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+def test_the_kernel_decides_as_documented_in_thousands_of_rule_sets(
+    sockets: Sockets, roomy: int, bindings: list[Binding], packets: list[Packet]
+) -> None:
+    assert_decided(sockets, roomy, bindings, packets)
 
 
 def test_where_the_longest_prefix_does_not_apply_the_next_one_wins(sockets: Sockets) -> None:
