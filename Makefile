@@ -15,7 +15,7 @@ SOURCES := $(wildcard fastrecv/_*/*.pyx fastrecv/_*/*.pxd bpf/*.c bpf/*.h)
 bench: setup
 	$(BIN)/python -m fastrecv.bench --flood udp
 
-test: PACKAGES += bind9-dnsutils curl ngtcp2-client $(DAEMONS_NEED) # real clients for the services that the tests run
+test: PACKAGES += bind9-dnsutils curl dnsperf ngtcp2-client $(DAEMONS_NEED) # real clients for the services that the tests run
 test: setup $(DAEMONS:%=$(VENV)/unpacked/%)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/packaging tests/unit
 	$(BIN)/python -m pytest tests/kernel # one at a time: each looks at what it leaves behind on this host
