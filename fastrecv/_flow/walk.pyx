@@ -114,6 +114,7 @@ cdef class Walk:
         """
         cdef cnp.ndarray given = numpy.ascontiguousarray(steps, dtype=_STEP)
         cdef int count = <int>len(given)
+        cdef Store *store = NULL
         cdef Step *kept
         cdef void *grown
         if not 0 < count <= _FIELDS or shortest == 0:
@@ -126,10 +127,11 @@ cdef class Walk:
         if kept == NULL:
             raise MemoryError
         memcpy(kept, cnp.PyArray_DATA(given), <size_t>count * sizeof(Step))
+        if columns is not None:
+            store = &columns.store
         self._held.append(columns)
         self._layouts[self._layout_count] = Layout(
-            store=&columns.store if columns is not None else NULL, steps=kept, count=count, shortest=shortest,
-            length=length,
+            store=store, steps=kept, count=count, shortest=shortest, length=length,
         )
         self._layout_count += 1
         return self._layout_count - 1
@@ -177,6 +179,7 @@ cdef class Walk:
     def refuse(self):
         """They make no sense, and so neither does their datagram."""
         self.malformed(Malformed.TEMPLATE)
+        self._row += 1
 
     def taken(self):
         """All rows that were gathered have been taken."""
@@ -204,6 +207,7 @@ cdef class Walk:
         cdef int header = 24 if version == 5 else 20 if version == 9 else 16 if version == 10 else 0
         cdef uint32_t domain = 0
         cdef int wrong = -1
+        cdef Counts *counts
         if length < 2 or length < header:
             wrong, version = Malformed.HEADER, 0
         elif not header:
@@ -218,8 +222,9 @@ cdef class Walk:
                 wrong = Malformed.LENGTH
         # ENDPOINT begins with the address
         self._exporter = self.exporters.find(self._sources + <int64_t>self._row * 24, domain, version)
-        self.exporters.counts[self._exporter].datagrams += 1
-        self.exporters.counts[self._exporter].heard = self._moment.received
+        counts = &self.exporters.counts[self._exporter]
+        counts.datagrams += 1
+        counts.heard = self._moment.received
         self._version, self._flows, self._records, self._within = version, 0, 0, True
         if wrong >= 0:
             self.malformed(wrong)
@@ -245,6 +250,7 @@ cdef class Walk:
 
     cdef int sets(self) noexcept nogil:
         """Go on through its sets."""
+        cdef Counts *counts = &self.exporters.counts[self._exporter]
         cdef int64_t length
         cdef int stop, name, layout
         if self._version == 5:
@@ -266,7 +272,7 @@ cdef class Walk:
                 return Stop._TEMPLATES
             layout = self.exporters.layout(self._exporter, name)
             if layout < 0:
-                self.exporters.counts[self._exporter].unknown += 1
+                counts.unknown += 1
                 self._records = _UNTOLD
             else:
                 stop = self.records(layout, length - 4)

@@ -1,0 +1,148 @@
+"""Schemas: which columns the records of a template make, and what was gathered in them as Arrow.
+
+Templates that differ in the order of their fields, or in the lengths of their numbers, make the same schema: columns
+are in the order of the elements' numbers, of IANA's first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from fastrecv._flow import KINDS, META, STEP, Columns, ipv4, ipv6, mac
+from fastrecv.collector.elements import PADDING, VARIABLE, Field, Shape, shape
+
+__all__ = ["META_COLUMNS", "Layout", "Schema", "finished", "planned", "texts"]
+
+META_COLUMNS = {
+    "exporterAddress": pa.int32(), "observationDomainId": pa.uint32(), "exportProtocolVersion": pa.uint8(),
+    "collectionTimeMilliseconds": pa.timestamp("ms", "UTC"),
+}  # fmt: skip
+"""Columns that every schema begins with: the exporter, by number as long as they are being gathered; source id of v9,
+engine of v5; 5, 9 or 10; when its datagram was received. IANA's names, but for the first, which has one for each
+family (exporterIPv4Address, exporterIPv6Address)."""
+assert len(META_COLUMNS) == META
+_META_WIDTHS = (4, 4, 1, 8)
+_TOTALS = {"octetDeltaCount": 1, "packetDeltaCount": 2}  # columns.pxd, Total
+_ADDRESSES = {"ipv4Address": ipv4, "ipv6Address": ipv6, "macAddress": mac}
+_ABSTRACT = b"abstract"
+
+
+class Layout(NamedTuple):
+    """What fastrecv._flow.Walk is to do with records: how (STEP), how long they are at least, and all of them or 0."""
+
+    steps: NDArray[np.void]
+    shortest: int
+    length: int
+
+
+class Schema:
+    """arrow : its fields, with IANA's abstract type as metadata. columns : where its rows are gathered."""
+
+    def __init__(self, shapes: Iterable[Shape]) -> None:
+        shapes = list(shapes)
+        self.arrow = pa.schema([
+            *(pa.field(name, kind, nullable=False) for name, kind in META_COLUMNS.items()),
+            *(pa.field(one.name, one.arrow, metadata={_ABSTRACT: one.abstract}) for one in shapes),
+        ])  # fmt: skip
+        self.columns = Columns([*_META_WIDTHS, *(one.width for one in shapes)])
+
+    def take(self) -> pa.RecordBatch:
+        """The rows that were gathered, at least one; nothing is copied. Addresses are numbers and bytes still."""
+        rows, taken = self.columns.take()
+        return pa.RecordBatch.from_arrays(
+            [_array(field.type, rows, memory) for field, memory in zip(self.arrow, taken, strict=True)],
+            schema=self.arrow,
+        )
+
+
+def planned(fields: tuple[Field, ...], relative: bool) -> tuple[tuple[Shape, ...], Layout]:
+    """The columns that the records of these fields make, named so that no two are alike, and how they are put there."""
+    wanted = [(field, place) for place, field in enumerate(fields) if (field.enterprise, field.number) != (0, PADDING)]
+    wanted.sort(key=lambda one: (one[0].enterprise, one[0].number, one[1]))
+    names, shapes, columns = Counter(META_COLUMNS), [], {}
+    for field, place in wanted:
+        one = shape(field, relative)
+        names[one.name] += 1
+        columns[place] = META + len(shapes)
+        shapes.append(one if names[one.name] == 1 else one._replace(name=f"{one.name}.{names[one.name]}"))
+    steps, offset = np.zeros(len(fields), STEP), 0
+    for place, field in enumerate(fields):
+        column = columns.get(place, -1)
+        kind, total = KINDS["variable"], 0
+        if column >= 0:
+            one = shapes[column - META]
+            kind, total = one.kind, _TOTALS.get(one.name, 0)
+        steps[place] = (offset, field.length, kind, total, column)
+        offset += field.length
+    varies = any(field.length == VARIABLE for field in fields)
+    shortest = sum(1 if field.length == VARIABLE else field.length for field in fields)
+    return tuple(shapes), Layout(steps, shortest, 0 if varies else shortest)
+
+
+def texts(addresses: NDArray[np.uint8]) -> pa.Array:
+    """Addresses of 16 bytes as text."""
+    return _texts(ipv6, addresses)
+
+
+def finished(raw: pa.RecordBatch, exporters: pa.Array) -> pa.RecordBatch:
+    """Rows as they leave: addresses as text, dictionary-encoded; strings of UTF-8; numbers that are numbers.
+
+    exporters : the texts of all, by number.
+    """
+    columns = [_finished(field, column) for field, column in zip(raw.schema, raw.columns, strict=True)]
+    columns[0] = pa.DictionaryArray.from_arrays(columns[0], exporters)
+    return pa.RecordBatch.from_arrays(columns, names=raw.schema.names)
+
+
+def _array(kind: pa.DataType, rows: int, memory: Any) -> pa.Array:
+    buffers = [pa.py_buffer(one) for one in (memory if isinstance(memory, tuple) else (memory,))]
+    return pa.Array.from_buffers(kind, rows, [None, *buffers], null_count=0)
+
+
+def _finished(field: pa.Field, column: pa.Array) -> pa.Array:
+    abstract = (field.metadata or {}).get(_ABSTRACT, b"").decode()
+    if abstract in _ADDRESSES:
+        return _addresses(abstract, column)
+    if abstract == "boolean":  # 1 and 2: RFC 7011, 6.1.5
+        return pc.if_else(pc.less_equal(pc.subtract(column, 1), 1), pc.equal(column, 1), None)
+    if abstract == "string":
+        return _readable(column)
+    if pa.types.is_floating(field.type):
+        return pc.if_else(pc.is_finite(column), column, None)
+    return column
+
+
+def _addresses(abstract: str, column: pa.Array) -> pa.Array:
+    """Few texts for many rows: each address is written once."""
+    encoded = column.dictionary_encode()
+    if abstract == "ipv4Address":
+        text = _texts(ipv4, np.frombuffer(encoded.dictionary.buffers()[1], "u4", len(encoded.dictionary)))
+    else:
+        width = column.type.byte_width
+        packed = np.frombuffer(encoded.dictionary.buffers()[1], "u1", width * len(encoded.dictionary))
+        text = _texts(_ADDRESSES[abstract], packed.reshape(-1, width))
+    return pa.DictionaryArray.from_arrays(encoded.indices, text)
+
+
+def _texts(write: Any, addresses: NDArray[Any]) -> pa.Array:
+    offsets, characters = write(addresses)
+    return pa.Array.from_buffers(
+        pa.string(), len(addresses), [None, pa.py_buffer(offsets), pa.py_buffer(characters)], null_count=0
+    )
+
+
+def _readable(column: pa.Array) -> pa.Array:
+    """Without the zeros that fill a field of fixed length up, and valid: whoever sends may send anything."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        values = column.cast(pa.binary()).to_pylist()
+        column = pa.array([value.decode("utf-8", "replace") for value in values], pa.string())
+    return pc.utf8_rtrim(column, "\0")
