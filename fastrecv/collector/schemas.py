@@ -48,7 +48,7 @@ class Schema:
     def __init__(self, shapes: Iterable[Shape]) -> None:
         shapes = list(shapes)
         self.arrow = pa.schema([
-            *(pa.field(name, kind, nullable=False) for name, kind in META_COLUMNS.items()),
+            *(pa.field(name, kind, metadata={_ABSTRACT: name}) for name, kind in META_COLUMNS.items()),
             *(pa.field(one.name, one.arrow, metadata={_ABSTRACT: one.abstract}) for one in shapes),
         ])  # fmt: skip
         self.columns = Columns([*_META_WIDTHS, *(one.width for one in shapes)])
@@ -96,8 +96,7 @@ def finished(raw: pa.RecordBatch, exporters: pa.Array) -> pa.RecordBatch:
 
     exporters : the texts of all, by number.
     """
-    columns = [_finished(field, column) for field, column in zip(raw.schema, raw.columns, strict=True)]
-    columns[0] = pa.DictionaryArray.from_arrays(columns[0], exporters)
+    columns = [_finished(field, column, exporters) for field, column in zip(raw.schema, raw.columns, strict=True)]
     return pa.RecordBatch.from_arrays(columns, names=raw.schema.names)
 
 
@@ -106,8 +105,10 @@ def _array(kind: pa.DataType, rows: int, memory: Any) -> pa.Array:
     return pa.Array.from_buffers(kind, rows, [None, *buffers], null_count=0)
 
 
-def _finished(field: pa.Field, column: pa.Array) -> pa.Array:
+def _finished(field: pa.Field, column: pa.Array, exporters: pa.Array) -> pa.Array:
     abstract = (field.metadata or {}).get(_ABSTRACT, b"").decode()
+    if abstract == "exporterAddress":
+        return pa.DictionaryArray.from_arrays(column, exporters)
     if abstract in _ADDRESSES:
         return _addresses(abstract, column)
     if abstract == "boolean":  # 1 and 2: RFC 7011, 6.1.5
