@@ -8,6 +8,7 @@ from fastrecv.errors import SinkFull
 from fastrecv.sinks.base import BaseSink
 from fastrecv.sinks.interface import Data, Rows, Sink, SinkStatistics
 from fastrecv.sinks.json_lines import JsonLines
+from fastrecv.sinks.parquet import Parquet
 from fastrecv.sinks.records import record_batch
 from fastrecv.sinks.shards import Shards
 from fastrecv.sinks.urls import parsed
@@ -16,6 +17,7 @@ __all__ = [
     "BaseSink",
     "Data",
     "JsonLines",
+    "Parquet",
     "Rows",
     "Shards",
     "Sink",

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from fastrecv.sinks.interface import Sink
 from fastrecv.sinks.json_lines import JsonLines
+from fastrecv.sinks.parquet import Parquet
 
 __all__ = ["parsed"]
 
@@ -26,7 +27,8 @@ Option = tuple[str, Callable[[str], Any]]
 def parsed(url: str) -> Sink:
     """The sink that a text names; not opened yet.
 
-    jsonl:-, jsonl:/file. Options follow as ?name=value&name=value; %XX stands for a byte (RFC 3986).
+    jsonl:-, jsonl:/file, parquet:/folder?rotate=60s&size=64M.
+    Options follow as ?name=value&name=value; %XX stands for a byte (RFC 3986).
 
     ValueError, in one line, for what is no sink, for unknown options and for values that make no sense.
     """
@@ -84,6 +86,7 @@ def _meant(word: str, names: Iterable[str]) -> str:
 
 
 _PATIENCE: dict[str, Option] = {"patience": ("patience", seconds)}
+_FILES: dict[str, Option] = {"rotate": ("rotate", seconds), "size": ("size", size), **_PATIENCE}
 
 
 def _filed(make: Callable[..., Sink], known: Mapping[str, Option], what: str, rest: str) -> Sink:
@@ -96,4 +99,5 @@ def _filed(make: Callable[..., Sink], known: Mapping[str, Option], what: str, re
 
 _SINKS: Mapping[str, Callable[[str], Sink]] = {
     "jsonl": partial(_filed, JsonLines, _PATIENCE, "jsonl:- or jsonl:/file"),
+    "parquet": partial(_filed, Parquet, _FILES, "parquet:/folder"),
 }
