@@ -10,7 +10,8 @@ cnp.import_array()
 
 MALFORMED = ("header", "version", "length", "set", "template", "data")
 MOST_EXPORTERS = 10_000
-"""Exporters at most, since senders are easily forged; all further ones are one, of address, version and domain 0."""
+"""Exporters at most, since senders are easily forged; all further ones are one, of address, version and domain 0, which
+has no templates."""
 MOST_TEMPLATES = 256
 """Of an exporter."""
 
@@ -32,7 +33,8 @@ EXPORTER = numpy.dtype([
 address : 16 bytes in network order, IPv4 as ::ffff:a.b.c.d. domain : engine type and id of v5, source id of v9,
 observation domain of IPFIX. heard : ms since the epoch. flows, octets, packets : of records; options : records of
 options. lost : what is missing by sequence numbers: flows of v5, datagrams of v9, records of IPFIX; a datagram that
-comes late, and counts as such, is taken off again. unknown : sets without a template. malformed : datagrams that were
+comes late, and counts as such, is taken off again. unknown : sets without a template, and templates of whom there are
+too many. malformed : datagrams that were
 not understood to their end, by kind, as MALFORMED names them. followed : whether `due`, the next sequence number, is
 known; behind, late_due : datagrams that came late and followed one another, and what follows them.
 """

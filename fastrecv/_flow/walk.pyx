@@ -57,7 +57,7 @@ cdef struct Layout:
 
 
 cdef class Walk:
-    """Through one batch after the other. exporters : whom they come from.
+    """Through one batch after the other. exporters : whom they come from. gathered : rows that are to be taken.
 
     Layout 0 is that of the records of v5, and the caller's to add, as all others.
     """
@@ -67,6 +67,7 @@ cdef class Walk:
     cdef int _layout_count
     cdef list _held  # the Columns of the layouts
     cdef int64_t _bytes
+    cdef readonly int64_t gathered
 
     # The batch
     cdef object _batch
@@ -183,7 +184,7 @@ cdef class Walk:
 
     def taken(self):
         """All rows that were gathered have been taken."""
-        self._bytes = 0
+        self._bytes = self.gathered = 0
 
     cdef int go_on(self) noexcept nogil:
         cdef int stop
@@ -266,11 +267,11 @@ cdef class Walk:
                 self.malformed(Malformed.SET)
                 return Stop._DONE
             self._at += 4
-            if name < 256:
+            if name < 256 and counts.version:
                 self._set, self._found, self._found_length = name, self._at, <int>length - 4
                 self._at += length - 4
                 return Stop._TEMPLATES
-            layout = self.exporters.layout(self._exporter, name)
+            layout = self.exporters.layout(self._exporter, name)  # none where it stands for many
             if layout < 0:
                 counts.unknown += 1
                 self._records = _UNTOLD
@@ -370,6 +371,7 @@ cdef class Walk:
         layout.store.rows += rows
         counts.flows += <uint64_t>rows
         self._flows += rows
+        self.gathered += rows
         self._bytes += rows * layout.store.width
 
     cdef int64_t alike(self, const Layout *layout, int64_t rows) noexcept nogil:

@@ -17,6 +17,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from fastrecv.cli.balance import balance
+from fastrecv.cli.collect import collect
 from fastrecv.cli.connect import connect
 from fastrecv.cli.doctor import MISSING, doctor
 from fastrecv.cli.listen import listen
@@ -59,6 +60,7 @@ fastrecv.add_command(listen)
 fastrecv.add_command(connect)
 fastrecv.add_command(watch)
 fastrecv.add_command(run_service)
+fastrecv.add_command(collect)
 fastrecv.add_command(workers)
 fastrecv.add_command(top)
 

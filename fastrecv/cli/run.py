@@ -12,7 +12,7 @@ from fastrecv.workers import Settings, Supervisor
 from fastrecv.workers.config import FILE, Config, ConfigError, gathered
 from fastrecv.workers.settings import MAX_WORKERS, SettingError
 
-__all__ = ["run"]
+__all__ = ["run", "serve"]
 
 _DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(Settings)}
 
@@ -85,6 +85,11 @@ def run(config: str | None, check: bool, as_json: bool, **options: Any) -> int:
     fastrecv run -b 0.0.0.0:2055 -w 4 --user nobody mypkg.collector:handle
     fastrecv run --config collector.toml --workers 8
     """  # noqa: D301 - click wants the character
+    return serve(options, config, check, as_json)
+
+
+def serve(options: dict[str, Any], config: str | None, check: bool, as_json: bool) -> int:
+    """Run the service of these options; the exit code. With `check` its settings are printed instead."""
     if as_json and not check:
         raise click.UsageError("--json is for --check: a running service has --log-format json")
     try:

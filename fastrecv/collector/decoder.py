@@ -23,24 +23,30 @@ from fastrecv.collector.templates import FIELDS5, MalformedError, Template, With
 
 __all__ = ["MOST_LAYOUTS", "Decoder"]
 
-MOST_LAYOUTS = 4096
+MOST_LAYOUTS = 1024
 """Different templates of all exporters together; when they are more, those that nobody has any more are forgotten."""
-_NETFLOW5, _NETFLOW9 = 5, 9
+MOST_KNOWN = 1 << 16
+"""Templates of all exporters together."""
+_NETFLOW9 = 9
 _FORGOTTEN = 3600_000  # ms of silence until an exporter goes
-_Key = tuple[tuple[Field, ...], bool, bool]  # fields; of options; whether its times are relative
+_FIRST = (FIELDS5, False, True)
+
+_Key = tuple[tuple[Field, ...], bool, bool]
+"""What makes a layout: fields; whether they are of options; whether their times count from the exporter's beginning."""
 
 
 class _State(msgspec.Struct, array_like=True):
-    """What outlives a decoder. exporters : EXPORTER. templates : exporter, name, version, options, fields."""
+    """What outlives a decoder. exporters : EXPORTER. templates : exporter, name, and which of the layouts."""
 
     exporters: bytes
-    templates: list[tuple[int, int, bool, bool, list[tuple[int, int, int]]]]
+    layouts: list[tuple[list[tuple[int, int, int]], bool, bool]]
+    templates: list[tuple[int, int, int]]
 
 
 class Decoder:
     """NetFlow v5, v9 (RFC 3954) and IPFIX (RFC 7011), over UDP.
 
-    pending : rows that are gathered, and not yet given away.
+    exporters : who they are, with what is counted of each. known : templates of all of them.
     """
 
     def __init__(self) -> None:
@@ -48,14 +54,16 @@ class Decoder:
         self._walk = Walk(self.exporters)
         self._schemas: dict[tuple[Shape, ...], Schema] = {}
         self._layouts: dict[_Key, int] = {}
-        self._templates: dict[tuple[int, int], _Key] = {}  # by exporter and name
-        self._encoded: bytes | None = None
+        self._encoded: dict[_Key, msgspec.Raw] = {}  # for the state
+        self._templates: dict[int, dict[int, _Key]] = {}  # by exporter and name
+        self.known = 0
         self._texts: pa.Array = texts(np.empty((0, 16), np.uint8))
-        self._layout((FIELDS5, False, True))
+        self._layout(_FIRST)
 
     @property
     def pending(self) -> int:
-        return sum(len(schema.columns) for schema in self._schemas.values())
+        """Rows that are gathered, and not yet given away."""
+        return self._walk.gathered
 
     def take(self, batch: Batch, now: float | None = None) -> Iterator[pa.RecordBatch]:
         """Decode a batch with sources; what had to be given away meanwhile, raw (see `flush`).
@@ -98,22 +106,26 @@ class Decoder:
 
     def _known(self, exporter: int, version: int, template: Template) -> Iterator[pa.RecordBatch]:
         key = (template.fields, template.options, version == _NETFLOW9)
-        if self._templates.get((exporter, template.name)) == key:
+        own = self._templates.setdefault(exporter, {})
+        if own.get(template.name) == key:
             return
         if key not in self._layouts and len(self._layouts) >= MOST_LAYOUTS:
             yield from self._clear()
+            own = self._templates.setdefault(exporter, {})
+        if template.name not in own and self.known >= MOST_KNOWN:
+            raise MalformedError("exporters have more templates than anybody needs")
         if not self.exporters.learn(exporter, template.name, self._layout(key)):
             raise MalformedError("an exporter has more templates than anybody needs")
-        self._templates[exporter, template.name] = key
-        self._encoded = None
+        self.known += template.name not in own
+        own[template.name] = key
 
     def _withdrawn(self, exporter: int, withdrawal: Withdrawal) -> None:
-        for held, name in list(self._templates):
-            if held == exporter and withdrawal.name in (None, name):
-                if self._templates[held, name][1] == withdrawal.options:
-                    del self._templates[held, name]
-                    self.exporters.withdraw(exporter, name)
-                    self._encoded = None
+        own = self._templates.get(exporter, {})
+        for name in list(own) if withdrawal.name is None else [withdrawal.name]:
+            if name in own and own[name][1] == withdrawal.options:
+                del own[name]
+                self.known -= 1
+                self.exporters.withdraw(exporter, name)
 
     def _layout(self, key: _Key) -> int:
         """The number of the layout of these fields, which is made where there is none yet."""
@@ -127,22 +139,24 @@ class Decoder:
         return self._layouts[key]
 
     def _clear(self) -> Iterator[pa.RecordBatch]:
-        """Give all rows away, and forget every layout that no template has; half of the templates, where all have one."""
+        """Give all rows away, and forget each layout that no template has; if that is not enough, some exporters'."""
         yield from self.flush()
-        while len(set(self._templates.values())) >= MOST_LAYOUTS // 2:
-            for one in list(self._templates)[: len(self._templates) // 2 + 1]:
-                del self._templates[one]
+        while len({key for own in self._templates.values() for key in own.values()}) >= MOST_LAYOUTS // 2:
+            for exporter in list(self._templates)[: len(self._templates) // 2 + 1]:
+                del self._templates[exporter]
         self._rebuild()
 
     def _rebuild(self) -> None:
         """Make layouts and schemas of the templates that there are, and no other."""
         self._walk.clear_layouts()
         self._layouts.clear()
+        self._encoded.clear()
         self._schemas.clear()
-        self._encoded = None
-        self._layout((FIELDS5, False, True))
-        for (exporter, name), key in self._templates.items():
-            self.exporters.learn(exporter, name, self._layout(key))
+        self._layout(_FIRST)
+        self.known = 0
+        for exporter, own in self._templates.items():
+            for name, key in own.items():
+                self.known += self.exporters.learn(exporter, name, self._layout(key))
 
     # State
 
@@ -153,12 +167,11 @@ class Decoder:
         if heard.all():
             return
         yield from self.flush()
-        numbers = np.cumsum(heard) - 1
-        self._replace(table[heard], {
-            (int(numbers[exporter]), name): key for (exporter, name), key in self._templates.items() if heard[exporter]
-        })  # fmt: skip
+        numbers = (np.cumsum(heard) - 1).tolist()
+        stay = {numbers[exporter]: own for exporter, own in self._templates.items() if heard[exporter]}
+        self._replace(table[heard], stay)
 
-    def _replace(self, table: NDArray[np.void], templates: dict[tuple[int, int], _Key]) -> None:
+    def _replace(self, table: NDArray[np.void], templates: dict[int, dict[int, _Key]]) -> None:
         self.exporters.replace(table)
         self._templates = templates
         self._texts = texts(np.ascontiguousarray(table["address"]))
@@ -166,18 +179,27 @@ class Decoder:
 
     def snapshot(self) -> bytes:
         """Exporters, their counts and templates; not the rows."""
-        if self._encoded is None:
-            self._encoded = msgspec.msgpack.encode([
-                (exporter, name, options, relative, fields)
-                for (exporter, name), (fields, options, relative) in self._templates.items()
-            ])  # fmt: skip
-        return msgspec.msgpack.encode((self.exporters.table().tobytes(), msgspec.Raw(self._encoded)))
+        places = {key: place for place, key in enumerate(self._layouts)}
+        for key in self._layouts:
+            if key not in self._encoded:
+                self._encoded[key] = msgspec.Raw(msgspec.msgpack.encode(key))
+        return msgspec.msgpack.encode((
+            self.exporters.table().tobytes(),
+            [self._encoded[key] for key in self._layouts],
+            [(exporter, name, places[key]) for exporter, own in self._templates.items() for name, key in own.items()],
+        ))  # fmt: skip
 
-    def restore(self, data: bytes) -> None:
-        """Go on from a snapshot, before the first batch. msgspec.DecodeError, ValueError: it is none."""
+    def restore(self, data: bytes, exact: bool = True) -> None:
+        """Go on from a snapshot, before the first batch. msgspec.DecodeError, ValueError: it is none.
+
+        exact : it is the state after the last batch; where it is older, what is missing since is not taken for lost.
+        """
         state = msgspec.msgpack.decode(data, type=_State)
-        table = np.frombuffer(state.exporters, EXPORTER)
-        self._replace(table, {
-            (exporter, name): (tuple(Field(*field) for field in fields), options, relative)
-            for exporter, name, options, relative, fields in state.templates
-        })  # fmt: skip
+        table = np.frombuffer(state.exporters, EXPORTER).copy()
+        if not exact:
+            table["followed"] = 0
+        layouts = [(tuple(Field(*field) for field in fields), of, relative) for fields, of, relative in state.layouts]
+        templates: dict[int, dict[int, _Key]] = {}
+        for exporter, name, place in state.templates:
+            templates.setdefault(exporter, {})[name] = layouts[place]
+        self._replace(table, templates)

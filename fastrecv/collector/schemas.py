@@ -16,19 +16,20 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from fastrecv._flow import KINDS, META, STEP, Columns, ipv4, ipv6, mac
-from fastrecv.collector.elements import PADDING, VARIABLE, Field, Shape, shape
+from fastrecv.collector.elements import META_COLUMNS, PADDING, VARIABLE, Field, Shape, named, natural, shape
 
-__all__ = ["META_COLUMNS", "Layout", "Schema", "finished", "planned", "texts"]
+__all__ = ["Layout", "Schema", "finished", "key_field", "planned", "texts"]
 
-META_COLUMNS = {
-    "exporterAddress": pa.int32(), "observationDomainId": pa.uint32(), "exportProtocolVersion": pa.uint8(),
-    "collectionTimeMilliseconds": pa.timestamp("ms", "UTC"),
+_TYPES: dict[str, pa.DataType] = {
+    **{f"{sign}int{bits}": getattr(pa, f"{sign}int{bits}")() for sign in ("", "u") for bits in (8, 16, 32, 64)},
+    "float32": pa.float32(), "float64": pa.float64(), "binary": pa.binary(), "string": pa.binary(),
+    "binary6": pa.binary(6), "binary16": pa.binary(16),
+    **{name: pa.timestamp(unit, "UTC")
+       for name, unit in (("seconds", "s"), ("millis", "ms"), ("micros", "us"), ("nanos", "ns"))},
 }  # fmt: skip
-"""Columns that every schema begins with: the exporter, by number as long as they are being gathered; source id of v9,
-engine of v5; 5, 9 or 10; when its datagram was received. IANA's names, but for the first, which has one for each
-family (exporterIPv4Address, exporterIPv6Address)."""
-assert len(META_COLUMNS) == META
+_META_TYPES = dict(zip(META_COLUMNS, (pa.int32(), pa.uint32(), pa.uint8(), _TYPES["millis"]), strict=True))
 _META_WIDTHS = (4, 4, 1, 8)
+assert len(META_COLUMNS) == META
 _TOTALS = {"octetDeltaCount": 1, "packetDeltaCount": 2}  # columns.pxd, Total
 _ADDRESSES = {"ipv4Address": ipv4, "ipv6Address": ipv6, "macAddress": mac}
 _ABSTRACT = b"abstract"
@@ -48,8 +49,8 @@ class Schema:
     def __init__(self, shapes: Iterable[Shape]) -> None:
         shapes = list(shapes)
         self.arrow = pa.schema([
-            *(pa.field(name, kind, metadata={_ABSTRACT: name}) for name, kind in META_COLUMNS.items()),
-            *(pa.field(one.name, one.arrow, metadata={_ABSTRACT: one.abstract}) for one in shapes),
+            *map(key_field, META_COLUMNS),
+            *(pa.field(one.name, _TYPES[one.arrow], metadata={_ABSTRACT: one.abstract}) for one in shapes),
         ])  # fmt: skip
         self.columns = Columns([*_META_WIDTHS, *(one.width for one in shapes)])
 
@@ -62,11 +63,20 @@ class Schema:
         )
 
 
+def key_field(name: str) -> pa.Field:
+    """The raw field of a column that every schema has, or of an element of IANA's."""
+    if name in META_COLUMNS:
+        return pa.field(name, _META_TYPES[name], metadata={_ABSTRACT: name})
+    abstract = named()[name]
+    return pa.field(name, _TYPES[natural(abstract)], metadata={_ABSTRACT: abstract})
+
+
 def planned(fields: tuple[Field, ...], relative: bool) -> tuple[tuple[Shape, ...], Layout]:
     """The columns that the records of these fields make, named so that no two are alike, and how they are put there."""
     wanted = [(field, place) for place, field in enumerate(fields) if (field.enterprise, field.number) != (0, PADDING)]
     wanted.sort(key=lambda one: (one[0].enterprise, one[0].number, one[1]))
-    names, shapes, columns = Counter(META_COLUMNS), [], {}
+    names, columns = Counter(META_COLUMNS), dict[int, int]()
+    shapes: list[Shape] = []
     for field, place in wanted:
         one = shape(field, relative)
         names[one.name] += 1
@@ -140,10 +150,12 @@ def _texts(write: Any, addresses: NDArray[Any]) -> pa.Array:
 
 
 def _readable(column: pa.Array) -> pa.Array:
-    """Without the zeros that fill a field of fixed length up, and valid: whoever sends may send anything."""
+    """Text without the zeros that fill a field of fixed length up, and valid: whoever sends may send anything."""
     try:
-        column.validate(full=True)
+        column = column.cast(pa.string())
     except pa.ArrowInvalid:
-        values = column.cast(pa.binary()).to_pylist()
-        column = pa.array([value.decode("utf-8", "replace") for value in values], pa.string())
+        column = pa.array(
+            [value.decode("utf-8", "replace") if value is not None else None for value in column.to_pylist()],
+            pa.string(),
+        )
     return pc.utf8_rtrim(column, "\0")
