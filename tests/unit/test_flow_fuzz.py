@@ -101,7 +101,7 @@ _WORDS = st.sampled_from([
     )
 )
 def test_noise_raises_nothing(noise: list[tuple[int, list[bytes]]]) -> None:
-    datagrams = []
+    datagrams: list[bytes] = []
     for version, words in noise:
         body = b"".join(words)
         if version in (NETFLOW9, IPFIX):
