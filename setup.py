@@ -73,8 +73,8 @@ def extensions() -> list[Extension]:
         common["extra_compile_args"] += [*sanitize, "-g", "-O1"]
         common["extra_link_args"] = sanitize
     # The receive core works where libbpf is absent: only the doors to libbpf and libxdp link to them.
-    linked: dict[str, list[str]] = {"_recv": [], "_bpf": ["bpf"]}
-    shared = {"_recv": [], "_bpf": [], "_xsk": ["bpf/frame.h"]}
+    linked: dict[str, list[str]] = {"_recv": [], "_flow": [], "_bpf": ["bpf"]}
+    shared = {"_recv": [], "_flow": [], "_bpf": [], "_xsk": ["bpf/frame.h"]}
     if has_libxdp():
         linked["_xsk"] = ["xdp", "bpf"]
         common["include_dirs"].append("bpf")  # the parser that the BPF program shares

@@ -72,17 +72,19 @@ def rows_of(path: Path) -> NDArray[np.void]:
 class Service:
     """A context manager; killed at its end where it has not stopped.
 
-    folder : where its log goes, and the recorders' rows; on its handlers' path. options : of `fastrecv run`. before :
+    folder : where its log goes, and the recorders' rows; on its handlers' path. handler : of `fastrecv run`; None is
+    `fastrecv collect`. options : of the command. before :
     words in front of the command. environment : added to ours. popen : what subprocess.Popen takes.
     """
 
     def __init__(
-        self, folder: Path, handler: str, *options: object, bind: str | None = f"{ADDRESS}:{PORT}",
+        self, folder: Path, handler: str | None, *options: object, bind: str | None = f"{ADDRESS}:{PORT}",
         before: Sequence[str] = (), environment: dict[str, str] | None = None, **popen: Any,
     ) -> None:  # fmt: skip
         self.folder = folder
         self._log = folder / "log"
-        words = [*before, sys.executable, "-m", "fastrecv", "run", handler, *map(str, options)]
+        command = ["collect"] if handler is None else ["run", handler]
+        words = [*before, sys.executable, "-m", "fastrecv", *command, *map(str, options)]
         words += ["-b", bind] if bind else []
         path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
         ours = {"PYTHONPATH": path, "RUNTIME_DIRECTORY": str(folder)}  # where its control socket is

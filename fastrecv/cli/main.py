@@ -25,7 +25,7 @@ __all__ = ["run"]
 
 _FAILED = 1
 _INTERRUPTED = 128 + signal.SIGINT
-_ELSEWHERE = ("balance", "connect", "listen", "lookup", "run", "top", "watch", "workers")
+_ELSEWHERE = ("balance", "collect", "connect", "listen", "lookup", "run", "top", "watch", "workers")
 
 
 class _Commands(click.Group):

@@ -12,7 +12,7 @@ from fastrecv.workers import Settings, Supervisor
 from fastrecv.workers.config import FILE, Config, ConfigError, gathered
 from fastrecv.workers.settings import MAX_WORKERS, SettingError
 
-__all__ = ["run"]
+__all__ = ["run", "serve"]
 
 _DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(Settings)}
 
@@ -93,6 +93,11 @@ def run(config: str | None, check: bool, as_json: bool, **options: Any) -> int:
     fastrecv run --config collector.toml --workers 8
     fastrecv run -b 192.0.2.1:2055 --backend xdp -w 2 --policy queue mypkg.collector:handle
     """  # noqa: D301 - click wants the character
+    return serve(options, config, check, as_json)
+
+
+def serve(options: dict[str, Any], config: str | None, check: bool, as_json: bool) -> int:
+    """Run the service of these options; the exit code. With `check` its settings are printed instead."""
     if as_json and not check:
         raise click.UsageError("--json is for --check: a running service has --log-format json")
     try:

@@ -1,4 +1,4 @@
-"""The example collector under `fastrecv run`, given the exports of Debian's softflowd: every flow is counted once.
+"""`fastrecv collect`, given the exports of Debian's softflowd and pmacctd: every flow once, as nfacctd has it, too.
 
 softflowd sends its templates first, and then not for long: a worker that takes over has to have got them otherwise.
 """
@@ -6,32 +6,32 @@ softflowd sends its templates first, and then not for long: a worker that takes 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
-import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import duckdb
 import pyarrow.parquet as pq
 import pytest
 
+from fastrecv.collector.settings import VARIABLE, CollectorSettings
 from fastrecv.netns import Namespace
-from tests.kernel.exporting import captured, softflowd
+from tests.kernel.exporting import Nfacctd, captured, nfprobe, softflowd
 from tests.kernel.supervising import ADDRESS, PORT, Service, namespace, until
 
 if TYPE_CHECKING:
     from tests.kernel.cable import Cable
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "collector"
 FLOWS = 248  # of an exporter
 OCTETS = 32  # of a flow, which is one packet: IPv4 and UDP headers, and 4 bytes
 NETFLOW5, NETFLOW9, IPFIX = 5, 9, 10
-COLLECTORS = """
-import sys
-sys.path.insert(0, {example!r})
-from collector import Collector
+FORGETFUL = """
+from fastrecv.collector.handler import Collector
 
 class Forgetful(Collector):
     snapshot = restore = None
@@ -45,27 +45,47 @@ def ns() -> Iterator[Namespace]:
 
 
 @pytest.fixture
-def folder(ns: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return prepared(tmp_path, monkeypatch)
-
-
-def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the services, and of what they write."""
-    (tmp_path / "collectors.py").write_text(COLLECTORS.format(example=str(EXAMPLE)))
-    (tmp_path / "written").mkdir()
-    monkeypatch.setenv("FLOWS_FOLDER", str(tmp_path / "written"))
-    monkeypatch.setenv("FLOWS_EVERY", "3600")
+def folder(ns: Namespace, tmp_path: Path) -> Path:
     return tmp_path
 
 
-class Exports:
-    """What an exporter of a version sends, from an address of its own; and where it goes."""
+class Collecting(Service):
+    """The collector with two workers, which writes lines of JSON at once; or the handler that is named."""
 
-    def __init__(self, folder: Path, service: Service, version: int) -> None:
-        capture = folder / f"capture{version}"
-        capture.write_bytes(captured(("10.0.0.1", 10_000 + number) for number in range(FLOWS)))
-        self.version, self.source = version, f"127.2.0.{version}"
-        self.datagrams = softflowd(capture, version, FLOWS)
+    def __init__(self, folder: Path, handler: str | None = None, *options: object, bind: str = WHERE) -> None:
+        given = CollectorSettings(
+            sink=f"jsonl:{folder}/flows", exporters=f"jsonl:{folder}/exporters", window=3600, flush=0.02
+        )
+        if handler is None:
+            words = ["--sink", given.sink, "--exporters", given.exporters, "--window", 3600, "--flush", 0.02, *options]
+            super().__init__(folder, None, "-w", 2, *words, bind=bind)
+        else:
+            environment = {VARIABLE: json.dumps({name: getattr(given, name) for name in given.__struct_fields__})}
+            super().__init__(folder, handler, "-w", 2, environment=environment, bind=bind)
+
+    def flows(self) -> list[dict[str, Any]]:
+        return lines(self.folder / "flows")
+
+    def exporters(self) -> dict[tuple[str, int], Counter[str]]:
+        """The sums of all windows, by exporter and version."""
+        found: dict[tuple[str, int], Counter[str]] = {}
+        for row in lines(self.folder / "exporters"):
+            assert row.pop("since") < row.pop("until")
+            sums = found.setdefault((row.pop("exporterAddress"), row.pop("exportProtocolVersion")), Counter())
+            row.pop("observationDomainId")
+            sums.update(row)
+        return found
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Exports:
+    """What an exporter sends, from an address of its own; and where it goes."""
+
+    def __init__(self, service: Service, version: int, datagrams: list[bytes]) -> None:
+        self.version, self.source, self.datagrams = version, f"127.2.0.{version}", datagrams
         self._service = service
 
     @contextlib.contextmanager
@@ -94,93 +114,107 @@ class Exports:
 class Distant(Exports):
     """From the far end of a cable, always by the same socket, which the kernel gives one of its queues."""
 
-    def __init__(self, folder: Path, service: Service, version: int, cable: Cable) -> None:
-        super().__init__(folder, service, version)
-        self._client = cable.client()
-        self.source = self._client.getsockname()[0]
+    def __init__(self, client: socket.socket, service: Service, version: int, datagrams: list[bytes]) -> None:
+        super().__init__(service, version, datagrams)
+        self._client = client
+        self.source = client.getsockname()[0]
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[socket.socket]:
         yield self._client
 
 
-def written(folder: Path) -> dict[tuple[str, int], dict[str, int]]:
-    """The sums of all files, by exporter and version."""
-    found: dict[tuple[str, int], dict[str, int]] = {}
-    for path in (folder / "written").iterdir():
-        assert path.suffix == ".parquet"
-        for row in pq.read_table(path).to_pylist():
-            assert row["since"] < row["until"]
-            sums = found.setdefault((row["exporter"], row["version"]), {})
-            for name in ("datagrams", "flows", "octets", "packets", "lost", "unknown", "malformed"):
-                sums[name] = sums.get(name, 0) + row[name]
+def exported(folder: Path, service: Service, *versions: int, cable: Cable | None = None) -> list[Exports]:
+    """What softflowd exports of a capture, in these versions; from the far end of the cable, where there is one."""
+    found: list[Exports] = []
+    for version in versions:
+        capture = folder / f"capture{version}"
+        capture.write_bytes(captured(("10.0.0.1", 10_000 + number) for number in range(FLOWS)))
+        datagrams = softflowd(capture, version, FLOWS)
+        if cable is None:
+            found.append(Exports(service, version, datagrams))
+        else:
+            found.append(Distant(cable.client(), service, version, datagrams))
     return found
 
 
-def whole(exports: Exports, times: int = 1, **other: int) -> dict[str, int]:
+def whole(exports: Exports) -> Counter[str]:
     """What is counted where nothing is lost."""
-    return {
-        "datagrams": times * len(exports.datagrams), "flows": times * FLOWS, "octets": times * FLOWS * OCTETS,
-        "packets": times * FLOWS, "lost": 0, "unknown": 0, "malformed": 0,
-    } | other  # fmt: skip
+    options = int(exports.version != NETFLOW5)  # softflowd sends one record of them
+    return Counter(datagrams=len(exports.datagrams), flows=FLOWS, octets=FLOWS * OCTETS, packets=FLOWS, options=options)
 
 
-@pytest.mark.parametrize("handler", ["Collector", "Forgetful"])
+def by_flow(rows: Iterable[dict[str, Any]], *names: str) -> Counter[tuple[Any, ...]]:
+    """Octets by these columns, the last of which has them."""
+    found: Counter[tuple[Any, ...]] = Counter()
+    for row in rows:
+        found[tuple(row[name] for name in names[:-1])] += row[names[-1]]
+    return found
+
+
+@pytest.mark.parametrize("handler", [None, "forgetful:Forgetful"])
 def test_flows_go_on_being_decoded_after_a_kill_with_the_templates_of_before_and_not_without(
-    handler: str, folder: Path
+    handler: str | None, folder: Path
 ) -> None:
-    with Service(folder, f"collectors:{handler}", "-w", 2) as service:
+    (folder / "forgetful.py").write_text(FORGETFUL)
+    with Collecting(folder, handler) as service:
         service.begun(2)
-        exporters = [Exports(folder, service, version) for version in (NETFLOW5, NETFLOW9, IPFIX)]
+        exporters = exported(folder, service, NETFLOW5, NETFLOW9, IPFIX)
         slots = [exports.send(exports.datagrams[:3]) for exports in exporters]
+        until(lambda: len(service.flows()) == 3 * 29 + 24 + 32 + 32 + 24 + 32 + 32, lambda: str(len(service.flows())))
         for slot in set(slots):
             os.kill(service.pids(2)[slot], signal.SIGKILL)
         service.begun(2 + len(set(slots)))
         assert slots == [exports.send(exports.datagrams[3:]) for exports in exporters]
         assert service.stop() == 0
-    found = written(folder)
+    found = service.exporters()
+    written = by_flow(service.flows(), "exporterAddress", "sourceTransportPort", "packetDeltaCount")
     for exports in exporters:
         sums = found[exports.source, exports.version]
-        if handler == "Collector":
+        if handler is None:
             assert sums == whole(exports)
+            assert Counter({port: n for (source, port), n in written.items() if source == exports.source}) == Counter(
+                range(10_000, 10_000 + FLOWS)
+            )
         elif exports.version == NETFLOW5:
             assert (sums["flows"], sums["unknown"]) == (FLOWS - 3 * 29, 0)
         else:
             assert (sums["flows"], sums["unknown"]) == (0, len(exports.datagrams) - 3)
 
 
-def test_a_rolling_restart_writes_every_flow_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLOWS_EVERY", "0.2")
-    with Service(folder, "collectors:Collector", "-w", 2) as service:
+def test_a_rolling_restart_writes_every_flow_once_into_files_that_are_whole(folder: Path) -> None:
+    files = folder / "files"
+    with Collecting(folder, None, "--sink", f"parquet:{files}") as service:
         service.begun(2)
-        exporters = [Exports(folder, service, version) for version in (NETFLOW9, IPFIX)]
+        exporters = exported(folder, service, NETFLOW9, IPFIX)
         for exports in exporters:
-            exports.send(exports.datagrams[:3])
-        until(lambda: list((folder / "written").glob("*.parquet")), lambda: service.log)
-        time.sleep(0.3)  # written while nothing came, so the snapshot is older than the file
-        for exports in exporters:
-            exports.send(exports.datagrams[3:5])
+            exports.send(exports.datagrams[:4])
         service.send(signal.SIGHUP)
         service.says("all workers are new")
         for exports in exporters:
-            exports.send(exports.datagrams[5:])
+            exports.send(exports.datagrams[4:])
         assert service.stop() == 0
-    found = written(folder)
-    assert found == {(exports.source, exports.version): whole(exports) for exports in exporters}
+    assert service.exporters() == {(exports.source, exports.version): whole(exports) for exports in exporters}
+    assert all(path.suffix == ".parquet" for path in files.iterdir())
+    rows = [row for path in files.iterdir() for row in pq.read_table(path).to_pylist()]
+    found = by_flow(rows, "exporterAddress", "exportProtocolVersion", "sourceTransportPort", "packetDeltaCount")
+    assert found == Counter(
+        (exports.source, exports.version, port) for exports in exporters for port in range(10_000, 10_000 + FLOWS)
+    )
+    query = "SELECT sourceIPv4Address, sum(octetDeltaCount) FROM read_parquet(?, union_by_name=true) GROUP BY 1"
+    with contextlib.closing(duckdb.connect()) as connection:
+        assert connection.execute(query, [f"{files}/*.parquet"]).fetchall() == [("10.0.0.1", 2 * FLOWS * OCTETS)]
 
 
 @pytest.mark.needs("AF_XDP in copy mode")
-def test_it_runs_on_af_xdp_with_one_changed_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs_on_af_xdp_with_one_changed_line(tmp_path: Path) -> None:
     from tests.kernel.cable import NEAR, laid  # needs libxdp, which few tests do
 
-    folder = prepared(tmp_path, monkeypatch)
     xdp = ("--backend", "xdp", "--policy", "queue")
-    with laid(queues=2) as cable, cable.near, Service(
-        folder, "collectors:Collector", "-w", 2, *xdp, bind=f"{NEAR}:{PORT}"
-    ) as service:  # fmt: skip
+    with laid(queues=2) as cable, cable.near, Collecting(tmp_path, None, *xdp, bind=f"{NEAR}:{PORT}") as service:
         service.begun(2)
         cable.net.link("set", index=1, state="up")
-        exporters = [Distant(folder, service, version, cable) for version in (NETFLOW5, NETFLOW9, IPFIX)]
+        exporters = exported(tmp_path, service, NETFLOW5, NETFLOW9, IPFIX, cable=cable)
         slots = [exports.send(exports.datagrams[:3]) for exports in exporters]
         service.send(signal.SIGHUP)
         service.says("all workers are new")
@@ -189,24 +223,85 @@ def test_it_runs_on_af_xdp_with_one_changed_line(tmp_path: Path, monkeypatch: py
             os.kill(service.pids(2)[slot], signal.SIGKILL)
         service.begun(4 + len(set(slots)))
         assert slots == [exports.send(exports.datagrams[5:]) for exports in exporters]
-        rows = service.rows()[:2]
-        assert rows["by_ring"].sum() > 0
+        assert service.rows()[:2]["by_ring"].sum() > 0
         assert service.stop() == 0
-    found = written(folder)
-    assert found == {(exports.source, exports.version): whole(exports) for exports in exporters}
+    assert service.exporters() == {(exports.source, exports.version): whole(exports) for exports in exporters}
 
 
 def test_losses_and_nonsense_are_counted(folder: Path) -> None:
-    with Service(folder, "collectors:Collector", "-w", 2) as service:
+    with Collecting(folder) as service:
         service.begun(2)
-        exporters = [Exports(folder, service, version) for version in (NETFLOW5, NETFLOW9, IPFIX)]
+        exporters = exported(folder, service, NETFLOW5, NETFLOW9, IPFIX)
         for exports in exporters:
             exports.send([*exports.datagrams[:2], exports.datagrams[3]])
             exports.send([exports.datagrams[4][:-1]])
         exporters[0].send([b"", b"\0", b"nonsense", bytes(2000)])
         assert service.stop() == 0
-    found = written(folder)
-    for exports, lost in zip(exporters, (29, 1, 32), strict=True):
+    found = service.exporters()
+    for exports, lost, kind in zip(exporters, (29, 1, 32), ("length", "set", "length"), strict=True):
         sums = found[exports.source, exports.version]
-        assert (sums["datagrams"], sums["lost"], sums["malformed"], sums["unknown"]) == (4, lost, 1, 0)
-    assert found[exporters[0].source, 0]["malformed"] == 4
+        assert (sums["datagrams"], sums["lost"], sums[f"malformed_{kind}"], sums["unknown"]) == (4, lost, 1, 0)
+    nonsense = found[exporters[0].source, 0]
+    assert (nonsense["malformed_header"], nonsense["malformed_version"], nonsense["datagrams"]) == (2, 2, 4)
+
+
+def test_totals_are_those_of_nfacctd_for_softflowd_and_nfprobe_in_every_version(folder: Path) -> None:
+    four = [("10.0.0.1", 10_000 + number) for number in range(60)]
+    mixed = [*four, *((f"2001:db8::{number:x}", 20_000 + number) for number in range(1, 40))]
+    captures = {}
+    for version in (NETFLOW5, NETFLOW9, IPFIX):
+        captures[version] = folder / f"capture{version}"
+        captures[version].write_bytes(captured(four if version == NETFLOW5 else mixed))
+    streams = {f"127.3.0.{version}": datagrams for version, datagrams in nfprobe(captures).items()}
+    for version, capture in captures.items():
+        streams[f"127.2.0.{version}"] = softflowd(capture, version, 60 if version == NETFLOW5 else 99)
+    with Collecting(folder) as service, contextlib.ExitStack() as stack:
+        reference = Nfacctd(folder / "nfacctd", ADDRESS, PORT + 1)
+        stack.callback(reference.kill)
+        service.begun(2)
+        until(lambda: reference.ready, reference.log.read_text)
+        for source, datagrams in streams.items():
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.bind((source, 0))
+                for port in (PORT, PORT + 1):
+                    for datagram in datagrams:
+                        sock.sendto(datagram, (ADDRESS, port))
+        expected = 2 * (len(four) + 2 * len(mixed))
+        until(lambda: sum(row["packets"] for row in reference.rows()) == expected, lambda: str(len(reference.rows())))
+        assert service.stop() == 0
+    names = ("peer_ip_src", "ip_src", "ip_dst", "port_src", "port_dst", "ip_proto")
+    rows = service.flows()
+    for row in rows:
+        row["ip_src"] = row.get("sourceIPv4Address") or row.get("sourceIPv6Address")
+        row["ip_dst"] = row.get("destinationIPv4Address") or row.get("destinationIPv6Address")
+        row["ip_proto"] = {17: "udp"}[row["protocolIdentifier"]]
+        row["peer_ip_src"], row["port_src"] = row["exporterAddress"], row["sourceTransportPort"]
+        row["port_dst"], row["bytes"] = row["destinationTransportPort"], row["octetDeltaCount"]
+        row["packets"] = row["packetDeltaCount"]
+    for counted in ("bytes", "packets"):
+        found = by_flow(rows, *names, counted)
+        assert found == by_flow(reference.rows(), *names, counted)
+        assert len(found) == expected
+    assert {(address, sums["lost"], sums["malformed_set"]) for (address, _), sums in service.exporters().items()} == {
+        (address, 0, 0) for address in streams
+    }
+
+
+def test_flows_are_summed_up_by_keys_and_a_window_that_ends_by_itself_has_its_bounds(folder: Path) -> None:
+    keys = "exporterAddress,sourceIPv4Address,destinationTransportPort"
+    with Collecting(folder, None, "--aggregate", keys, "--window", 1) as service:
+        service.begun(2)
+        exporters = exported(folder, service, NETFLOW5, IPFIX)
+        for exports in exporters:
+            exports.send(exports.datagrams)
+        until(lambda: sum(row["deltaFlowCount"] for row in service.flows()) == 2 * FLOWS, lambda: service.log)
+        rows = service.flows()
+        until(lambda: sum(sums["flows"] for sums in service.exporters().values()) == 2 * FLOWS, lambda: service.log)
+        assert service.stop() == 0
+    assert service.flows() == rows
+    named = ("exporterAddress", "sourceIPv4Address", "destinationTransportPort", "octetDeltaCount")
+    assert by_flow(rows, *named) == {(exports.source, "10.0.0.1", 53): FLOWS * OCTETS for exports in exporters}
+    for row in rows:
+        assert row["flowStartMilliseconds"].endswith(".000Z")
+        assert row["flowStartMilliseconds"] < row["flowEndMilliseconds"]
+    assert sum(row["packetDeltaCount"] for row in rows) == 2 * FLOWS

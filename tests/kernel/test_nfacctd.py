@@ -9,26 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import os
-import re
-import signal
 import socket
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from pyroute2 import IPRoute
 
 from fastrecv.netns import Namespace
 from tests.kernel.commands import Command
-from tests.kernel.exporting import captured, softflowd
-from tests.programs import program
+from tests.kernel.exporting import Flow, Nfacctd, captured, softflowd
 
 COLLECTOR, PORT = "192.0.2.1", 2055
 SERVICE = ("udp", COLLECTOR, PORT)
@@ -37,63 +31,7 @@ NETFLOW9, IPFIX = 9, 10
 DATAGRAMS, FLOWS_EACH, FLOWS_FIRST = 8, 32, 24  # of an exporter; the first has the templates, too
 FLOWS = FLOWS_FIRST + (DATAGRAMS - 1) * FLOWS_EACH
 SEED = 3  # the exporters below are spread evenly
-# Data without a template is logged at debug level only (pmacct's QUICKSTART).
-CONFIGURATION = """
-nfacctd_ip: {collector}
-nfacctd_port: {port}
-debug: true
-plugins: print
-aggregate: peer_src_ip, src_host, dst_host, src_port, dst_port, proto
-print_output: json
-print_output_file: {folder}/flows
-print_output_file_append: true
-print_refresh_time: 1
-logfile: {folder}/log
-pidfile: {folder}/pid
-"""
-
 Balance = Callable[..., Any]
-
-
-class Flow(NamedTuple):
-    exporter: str
-    source: str
-    port: int
-
-
-class Nfacctd:
-    """A running nfacctd, with its print plugin."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self.flows, self.log, self.pid_file = folder / "flows", folder / "log", folder / "pid"
-        (folder / "conf").write_text(CONFIGURATION.format(collector=COLLECTOR, port=PORT, folder=folder))
-        command = [program("nfacctd", "pmacct"), "-f", str(folder / "conf")]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-
-    @property
-    def ready(self) -> bool:
-        assert self.process.poll() is None, "nfacctd has ended"
-        return self.pid_file.exists() and self.log.exists() and "waiting for NetFlow/IPFIX" in self.log.read_text()
-
-    def decoded(self, flows: set[Flow]) -> Counter[Flow]:
-        """How often it has got each of these flows; every flow is of one packet."""
-        text = self.flows.read_text() if self.flows.exists() else ""
-        found: Counter[Flow] = Counter()
-        for row in map(json.loads, text[: text.rfind("\n") + 1].splitlines()):
-            found[Flow(row["peer_ip_src"], row["ip_src"], row["port_src"])] += row["packets"]
-        return Counter({flow: times for flow, times in found.items() if flow in flows})
-
-    def discarded(self, flows: set[Flow]) -> int:
-        """How many data sets of these flows' exporters it had no template for; softflowd puts one into a datagram."""
-        exporters = {flow.exporter for flow in flows}
-        found = re.findall(r"unknown template [0-9]+ \[([0-9.]+):", self.log.read_text())
-        return sum(exporter in exporters for exporter in found)
-
-    def kill(self) -> None:
-        """It and its plugin, which is a process of its own."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
 
 
 class Lab:
@@ -105,7 +43,7 @@ class Lab:
         self._observed = IPv4Address("10.0.0.0")  # whose flows were exported last
 
     def start(self) -> Nfacctd:
-        started = Nfacctd(self.folder / f"nfacctd{len(self.collectors)}")
+        started = Nfacctd(self.folder / f"nfacctd{len(self.collectors)}", COLLECTOR, PORT)
         self.collectors.append(started)
         wait_for(lambda: started.ready)
         return started

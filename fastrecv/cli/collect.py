@@ -1,0 +1,85 @@
+"""`fastrecv collect`: a flow collector, whose workers `fastrecv run` would start."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import click
+
+from fastrecv.cli.arguments import seconds
+from fastrecv.cli.run import run, serve
+
+__all__ = ["collect"]
+
+_HANDLER = "fastrecv.collector.handler:Collector"
+_LONGEST = 86400.0
+
+
+def _sink(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        _needed()
+        from fastrecv.sinks import parsed  # noqa: PLC0415 - an extra
+
+        try:
+            parsed(value)
+        except (ImportError, ValueError) as error:
+            raise click.BadParameter(str(error)) from None
+    return value
+
+
+def _keys(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    _needed()
+    from fastrecv.collector.keys import checked  # noqa: PLC0415 - an extra
+
+    try:
+        return checked([key.strip() for key in value.split(",")])
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _needed() -> None:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise click.UsageError("the collector needs pyarrow: pip install 'fastrecv[flow]'")
+
+
+@click.command()
+@click.option("--sink", required=True, callback=_sink, metavar="URL",
+              help="Where flows go: parquet:/var/lib/flows?rotate=60s, jsonl:-, jsonl:/file and others.")  # fmt: skip
+@click.option("--aggregate", callback=_keys, metavar="NAME,...",
+              help="Sum flows up, a row for each of these information elements together: "
+              "exporterAddress,sourceIPv4Address.  [default: every flow is a row]")  # fmt: skip
+@click.option("--window", type=seconds(0.1, _LONGEST), default=60.0, show_default=True,
+              help="Seconds of arrival that --aggregate sums up, and that --exporters counts.")  # fmt: skip
+@click.option("--exporters", callback=_sink, metavar="URL",
+              help="Where a row for each exporter and window goes: datagrams, flows, what was lost, unknown, "
+              "malformed.  [default: nowhere]")  # fmt: skip
+@click.option("--flush", type=seconds(0.01, _LONGEST), default=1.0, show_default=True,
+              help="Seconds that a flow waits at most until the sink has it.")  # fmt: skip
+def collect(
+    sink: str, aggregate: tuple[str, ...], window: float, exporters: str | None, flush: float, config: str | None,
+    check: bool, as_json: bool, **options: Any,
+) -> int:  # fmt: skip
+    """Collect flows: NetFlow v5, NetFlow v9 and IPFIX over UDP, as rows with IANA's names for their columns.
+
+    Exporters keep their worker, and their templates outlive it. Further options, signals, exit codes and `fastrecv
+    workers` are those of `fastrecv run`.
+
+    \b
+    fastrecv collect -b 0.0.0.0:2055 --sink jsonl:-
+    fastrecv collect -b 0.0.0.0:2055 -w 4 --user nobody --sink parquet:/var/lib/flows
+    fastrecv collect -b 0.0.0.0:2055 --sink parquet:/var/lib/flows \\
+        --aggregate exporterAddress,sourceIPv4Address,destinationTransportPort --exporters jsonl:/var/log/exporters
+    """  # noqa: D301 - click wants the character
+    from fastrecv.collector.settings import CollectorSettings  # noqa: PLC0415 - an extra
+
+    if str(options["bind"] or "").startswith("tcp:"):
+        raise click.BadParameter("flows come over UDP: leave tcp: out", param_hint="--bind")
+    settings = CollectorSettings(sink=sink, exporters=exporters, aggregate=aggregate, window=window, flush=flush)
+    settings.give()
+    return serve(options | {"handler": _HANDLER}, config, check, as_json)
+
+
+collect.params += [parameter for parameter in run.params if parameter.name != "handler"]

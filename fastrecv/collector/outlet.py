@@ -1,0 +1,70 @@
+"""Outlets: sinks that may fail, be full, and come back, while the collector goes on."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import pyarrow as pa
+
+from fastrecv.collector.union import Union
+from fastrecv.sinks import Sink, SinkFull, parsed
+
+__all__ = ["Outlet"]
+
+_AGAIN = 5.0  # seconds until a sink that has failed is opened again
+
+
+class Outlet:
+    """Where record batches leave. url : of a sink (fastrecv.sinks.parsed); ValueError.
+
+    taken, lost : rows that the sink has taken, and that nobody has, because it was full or had failed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._sink: Sink | None = parsed(url)
+        self._union = Union()
+        self._again = 0.0
+        self._log = logging.getLogger("fastrecv.collector")
+        self.taken = self.lost = 0
+
+    def open(self) -> None:
+        """OSError, ValueError: it cannot be opened."""
+        assert self._sink is not None
+        self._sink.open()
+
+    def publish(self, record: pa.RecordBatch) -> None:
+        """Give rows to the sink; where it does not take them, say so and count them."""
+        try:
+            sink = self._opened()
+            if sink is not None:
+                sink.publish(self._union.fit(record))
+                self.taken += len(record)
+                return
+        except SinkFull as error:
+            self._log.error("%d rows are lost: %s", len(record), error)
+        except Exception as error:  # of whatever engine: a disk that is full will have room again
+            self._fail(error)
+        self.lost += len(record)
+
+    def close(self, timeout: float) -> None:
+        """Wait so many seconds for what the sink has taken, and let go of it."""
+        if self._sink is not None:
+            sink, self._sink = self._sink, None
+            try:
+                sink.close(timeout)
+            except Exception as error:  # as above
+                self._log.error("%s: %s", self._url, error)
+
+    def _opened(self) -> Sink | None:
+        if self._sink is None and time.monotonic() >= self._again:
+            sink = parsed(self._url)
+            sink.open()
+            self._sink = sink
+        return self._sink
+
+    def _fail(self, error: Exception) -> None:
+        self._log.error("%s has failed, and is opened again in %g s: %s", self._url, _AGAIN, error)
+        self._again = time.monotonic() + _AGAIN
+        self.close(0)

@@ -1,0 +1,47 @@
+"""What a collector is told: by the command line, which leaves it in the environment for the workers."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import msgspec
+
+__all__ = ["VARIABLE", "CollectorSettings"]
+
+VARIABLE = "FASTRECV_COLLECTOR"
+"""Of the environment: the settings as JSON."""
+
+
+class CollectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """sink, exporters : where flows, and counts of each exporter, go: URLs of fastrecv.sinks; exporters None: nowhere.
+
+    aggregate : keys, in one row for each of which flows are summed up; none: every flow is a row. window : seconds of
+    aggregated rows and of exporters' counts. flush : seconds that a flow waits at most until it is given to the sink.
+    """
+
+    sink: str
+    exporters: str | None = None
+    aggregate: tuple[str, ...] = ()
+    window: float = 60.0
+    flush: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, seconds in (("window", self.window), ("flush", self.flush)):
+            if not (math.isfinite(seconds) and 0 < seconds <= 86400):
+                raise ValueError(f"{name} is {seconds}: give seconds, more than 0, at most 86400")
+
+    @classmethod
+    def given(cls) -> CollectorSettings:
+        """Those of the environment. ValueError where there are none, or none that make sense."""
+        text = os.environ.get(VARIABLE)
+        if text is None:
+            raise ValueError(f"{VARIABLE} is not set: start the collector with `fastrecv collect`")
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"{VARIABLE}: {error}") from None
+
+    def give(self) -> None:
+        """Leave them in the environment, for the processes that are started."""
+        os.environ[VARIABLE] = msgspec.json.encode(self).decode()
