@@ -1,0 +1,58 @@
+"""Processes of the test bed: each in its namespace, killed with the bench, however that ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fastrecv.netns import Namespace
+
+__all__ = ["KILLED_WITH_US", "cpu_seconds", "missing", "started", "tree"]
+
+KILLED_WITH_US = ["setpriv", "--pdeathsig", "KILL"]
+"""In front of a command (util-linux); its own children are its own affair."""
+_SBIN = "/usr/local/sbin:/usr/sbin"
+_TICK = os.sysconf("SC_CLK_TCK")
+
+
+def found(program: str) -> str | None:
+    return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:{_SBIN}")
+
+
+def missing(programs: Mapping[str, str]) -> list[str]:
+    """Which of these programs are not here, each with the Debian package that has it."""
+    return [f"{program} (Debian: {package})" for program, package in programs.items() if found(program) is None]
+
+
+def started(space: Namespace, words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """A program with its arguments, in a namespace, its output behind what the log has already."""
+    path = found(words[0])
+    assert path is not None  # the command has looked
+    with space, log.open("a") as output:
+        return subprocess.Popen(  # noqa: S603 - programs that the command has looked for
+            [*KILLED_WITH_US, path, *words[1:]], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        )  # fmt: skip
+
+
+def tree(pid: int) -> list[int]:
+    """A process and its children (proc(5), children); none where it has ended."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
+    return [pid, *(one for child in children for one in tree(int(child)))]
+
+
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """What they have used so far, in user mode and in the kernel (proc(5), stat: fields 14 and 15)."""
+    ticks = 0
+    for pid in pids:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except FileNotFoundError:
+            continue
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / _TICK
