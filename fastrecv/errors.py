@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["BpfError", "NotSupported", "SocketRefusedError", "StateError", "XdpError"]
+import errno
+
+__all__ = ["BpfError", "NotSupported", "SinkFull", "SocketRefusedError", "StateError", "XdpError"]
 
 
 class BpfError(OSError):
@@ -39,6 +41,16 @@ class NotSupported(OSError):  # noqa: N818 - names a state of the host, not a mi
 
 class StateError(OSError):
     """What is loaded on this host does not allow what was asked; the message says why and what to do."""
+
+
+class SinkFull(OSError):  # noqa: N818 - names a state of the sink, not a mistake of the caller
+    """A sink had no room before its patience ended, and has taken nothing of what was given; the message says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.ENOBUFS, message)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 class SocketRefusedError(OSError):

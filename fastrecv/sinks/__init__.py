@@ -1,0 +1,26 @@
+"""fastrecv.sinks: where what a handler makes of its batches leaves the service.
+
+A Sink takes batches, Arrow record batches or rows, never blocks past its patience, and says what became of them.
+`parsed` makes one of text. Needs the extra: pip install 'fastrecv[sinks]'; JsonLines of rows needs nothing.
+"""
+
+from fastrecv.errors import SinkFull
+from fastrecv.sinks.base import BaseSink
+from fastrecv.sinks.interface import Data, Rows, Sink, SinkStatistics
+from fastrecv.sinks.json_lines import JsonLines
+from fastrecv.sinks.records import record_batch
+from fastrecv.sinks.shards import Shards
+from fastrecv.sinks.urls import parsed
+
+__all__ = [
+    "BaseSink",
+    "Data",
+    "JsonLines",
+    "Rows",
+    "Shards",
+    "Sink",
+    "SinkFull",
+    "SinkStatistics",
+    "parsed",
+    "record_batch",
+]

@@ -1,0 +1,99 @@
+"""Sinks from text, for command lines and configuration files."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+from urllib.parse import unquote
+
+from fastrecv.sinks.interface import Sink
+from fastrecv.sinks.json_lines import JsonLines
+
+__all__ = ["parsed"]
+
+_SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?)([a-zA-Z]*)")
+
+Option = tuple[str, Callable[[str], Any]]
+"""The name of a constructor's argument, and what makes it of text; ValueError says what to give."""
+
+
+def parsed(url: str) -> Sink:
+    """The sink that a text names; not opened yet.
+
+    jsonl:-, jsonl:/file. Options follow as ?name=value&name=value; %XX stands for a byte (RFC 3986).
+
+    ValueError, in one line, for what is no sink, for unknown options and for values that make no sense.
+    """
+    scheme, colon, rest = url.partition(":")
+    make = _SINKS.get(scheme)
+    if not colon or make is None:
+        raise ValueError(
+            f"{url!r} is no sink{_meant(scheme, _SINKS)}: give {', '.join(f'{name}:...' for name in _SINKS)}"
+        )
+    try:
+        return make(rest)
+    except ValueError as error:
+        raise ValueError(f"sink {url!r}: {error}") from None
+
+
+def seconds(text: str) -> float:
+    """Of 60, 60s, 500ms, 5m, 1h. ValueError."""
+    return _measured(text, _SECONDS, "seconds like 60s, 5m, 1h")
+
+
+def size(text: str) -> int:
+    """Bytes of 65536, 64K, 64M, 1G, each 1,024 of the one before. ValueError."""
+    return math.floor(_measured(text, _BYTES, "bytes like 64M, 1G"))
+
+
+def _measured(text: str, units: Mapping[str, float], examples: str) -> float:
+    match = _NUMBER.fullmatch(text)
+    if match is None or match[2] not in units:
+        raise ValueError(f"{text!r}: give {examples}")
+    return float(match[1]) * units[match[2]]
+
+
+def options(query: str, known: Mapping[str, Option]) -> dict[str, Any]:
+    """The arguments that the text behind the question mark stands for. ValueError."""
+    found: dict[str, Any] = {}
+    for word in filter(None, query.split("&")):
+        name, equals, value = word.partition("=")
+        if name not in known:
+            raise ValueError(f"no option {name!r}{_meant(name, known)}: there are {', '.join(known)}")
+        argument, convert = known[name]
+        if not equals or argument in found:
+            raise ValueError(
+                f"option {name!r} {'is given twice' if equals else 'has no value'}: give {name}=VALUE once"
+            )
+        try:
+            found[argument] = convert(unquote(value))
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+    return found
+
+
+def _meant(word: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(names), 1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+_PATIENCE: dict[str, Option] = {"patience": ("patience", seconds)}
+
+
+def _filed(make: Callable[..., Sink], known: Mapping[str, Option], what: str, rest: str) -> Sink:
+    """A sink that is a path and options."""
+    path, _, query = rest.partition("?")
+    if not path:
+        raise ValueError(f"has no path: give {what}")
+    return make(unquote(path), **options(query, known))
+
+
+_SINKS: Mapping[str, Callable[[str], Sink]] = {
+    "jsonl": partial(_filed, JsonLines, _PATIENCE, "jsonl:- or jsonl:/file"),
+}
