@@ -35,7 +35,7 @@ __all__ = ["DELIVERED", "DELIVERIES", "KEPT", "Ledger", "records_of"]
 
 KEPT, DELIVERIES = "kept.rows", "deliveries"
 DELIVERED = np.dtype([("sequence", "<u8"), ("times", "<u4"), ("records", "<u4"), ("known", "<u4")])
-"""A message that was delivered: its number in the stream, for which time, its records, and how many were kept already."""
+"""A message that was delivered: its number in the stream, for which time, its records, and those kept already."""
 _FETCHED = 64  # messages at a time
 _PATIENCE = 1.0  # seconds without a message until it asks again
 _AGAIN = 0.2  # seconds after an error

@@ -31,7 +31,7 @@ ACK_WAIT = 3.0
 """Seconds until a message that nobody has acknowledged is delivered again."""
 _MAX_ACK_PENDING = 2048  # messages of a shard that are delivered and not acknowledged
 _CLIENTS, _ROUTES = 4222, 6222  # and the next ones
-SERVERS = [f"nats://{ENGINE}:{_CLIENTS + node}" for node in range(NODES)]
+SERVERS = [f"{ENGINE}:{_CLIENTS + node}" for node in range(NODES)]
 _PATIENCE = 30.0  # seconds
 _CONFIG = """
 server_name: node{node}

@@ -29,7 +29,7 @@ _POLICY = Policy("source", seed=1)
 
 def sink_url(spool: Path) -> str:
     """The sink of one host."""
-    return f"nats://{','.join(server.removeprefix('nats://') for server in SERVERS)}/{PREFIX}?stream={STREAM}&spool={spool}"
+    return f"nats://{','.join(SERVERS)}/{PREFIX}?stream={STREAM}&spool={spool}"
 
 
 class Recorder:
