@@ -19,13 +19,13 @@ from typing import Literal, Self
 
 from pyroute2 import IPRoute
 
-from fastrecv.bench.lab import MANY_FAR_IP4, device, sysctl
+from fastrecv.bench.lab import device, sysctl
 from fastrecv.bench.numbered import udp_counters
+from fastrecv.bench.scale_out.addresses import COLLECTOR, ENGINE, EXPORTERS
 from fastrecv.netns import Namespace
 
-__all__ = ["COLLECTOR", "ENGINE", "EXPORTERS", "MOST_HOSTS", "Bed", "Policy"]
+__all__ = ["MOST_HOSTS", "Bed", "Policy"]
 
-COLLECTOR, ENGINE, EXPORTERS = "198.51.100.1", "203.0.113.1", MANY_FAR_IP4
 MOST_HOSTS = 32
 Policy = Literal[0, 1]
 """net.ipv4.fib_multipath_hash_policy: 0 by addresses, 1 by addresses, protocol and ports (ip-sysctl.rst)."""

@@ -27,7 +27,7 @@ from nats.js import JetStreamContext
 from numpy.typing import NDArray
 
 from fastrecv.bench.numbered import NUMBERED
-from fastrecv.bench.scale_out.engine import SERVERS, STREAM, durable
+from fastrecv.bench.scale_out.addresses import SERVERS, STREAM, durable
 from fastrecv.bench.scale_out.exporters import DATAGRAM, numbered
 from fastrecv.privileges import tell_parents_death
 

@@ -16,26 +16,23 @@ import nats.js.errors
 from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, StorageType, StreamConfig
 
-from fastrecv.bench.scale_out.bed import ENGINE
+from fastrecv.bench.scale_out.addresses import ENGINE, NODES, PREFIX, SERVERS, STREAM, durable
 from fastrecv.bench.scale_out.processes import started
 from fastrecv.bench.survive_service import until
 from fastrecv.netns import Namespace
 
-__all__ = ["ACK_WAIT", "NODES", "PREFIX", "SERVERS", "STREAM", "WINDOW", "Engine", "Held", "durable"]
+__all__ = ["ACK_WAIT", "WINDOW", "Engine", "Held"]
 
-NODES = 3
-STREAM, PREFIX = "flows", "flows"
 WINDOW = 600.0
 """Seconds for which the stream knows message ids: a host that returns later publishes again what was stored already."""
 ACK_WAIT = 3.0
 """Seconds until a message that nobody has acknowledged is delivered again."""
 _MAX_ACK_PENDING = 2048  # messages of a shard that are delivered and not acknowledged
-_CLIENTS, _ROUTES = 4222, 6222  # and the next ones
-SERVERS = [f"{ENGINE}:{_CLIENTS + node}" for node in range(NODES)]
+_ROUTES = 6222  # and the next ones
 _PATIENCE = 30.0  # seconds
 _CONFIG = """
 server_name: node{node}
-listen: "{address}:{clients}"
+listen: "{clients}"
 jetstream {{ store_dir: "{folder}" }}
 cluster {{
   name: scale-out
@@ -53,11 +50,6 @@ class Held(NamedTuple):
     bytes: int
     pending: int
     unacknowledged: int
-
-
-def durable(shard: int) -> str:
-    """The name of a shard's consumer."""
-    return f"shard-{shard}"
 
 
 class Engine:
@@ -124,7 +116,7 @@ class Engine:
     def _configure(self, node: int) -> None:
         others = ", ".join(f'"nats://{ENGINE}:{_ROUTES + other}"' for other in range(NODES) if other != node)
         text = _CONFIG.format(
-            node=node, address=ENGINE, clients=_CLIENTS + node, routes=_ROUTES + node, others=others,
+            node=node, address=ENGINE, clients=SERVERS[node], routes=_ROUTES + node, others=others,
             folder=self._folder / f"node{node}",
         )  # fmt: skip
         (self._folder / f"node{node}.conf").write_text(text)

@@ -22,15 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrecv.bench.numbered import IP_PKTINFO, MAY_SEND, NUMBERED, PHASE, RATE, SENT, STOP, NumberedSource
-from fastrecv.bench.scale_out.bed import COLLECTOR, EXPORTERS
+from fastrecv.bench.scale_out.addresses import COLLECTOR, EXPORTERS, PORT
 from fastrecv.netns import Namespace
 from fastrecv.privileges import tell_parents_death
 
-__all__ = ["DATAGRAM", "PORT", "RECORDS", "Exporters", "numbered", "sent_by_each"]
+__all__ = ["DATAGRAM", "RECORDS", "Exporters", "numbered", "sent_by_each"]
 
 RECORDS = 10
 """Of a datagram; the format allows 30."""
-PORT = 2055
 _PORTS = range(4242, 4246)
 _STEADY = 8  # datagrams of an exporter from one port
 _FIRST = int(IPv4Address(EXPORTERS))

@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrecv.bench.numbered import NUMBERED
-from fastrecv.bench.scale_out.bed import COLLECTOR
-from fastrecv.bench.scale_out.exporters import PORT
-from fastrecv.bench.scale_out.processes import KILLED_WITH_US, tree
+from fastrecv.bench.scale_out.addresses import COLLECTOR, PORT
+from fastrecv.bench.scale_out.processes import KILLED_WITH_US, alive, tree
 from fastrecv.bench.scale_out.recorder import HANDLER, SHARDS, SINK, sink_url
 from fastrecv.bench.survive_recorder import FOLDER, ROWS
-from fastrecv.bench.survive_service import Service, rows_of
+from fastrecv.bench.survive_service import Service, rows_of, until
 from fastrecv.netns import Namespace
 
 __all__ = ["BATCH", "WORKERS", "Host"]
@@ -56,7 +55,7 @@ class Host:
         with self.space:
             self._service = Service(
                 folder, HANDLER, "-w", WORKERS, "--batch-size", BATCH, "--receive-buffer", _BUFFER,
-                bind=f"{COLLECTOR}:{PORT}", before=KILLED_WITH_US, environment=environment, start_new_session=True,
+                bind=f"{COLLECTOR}:{PORT}", before=KILLED_WITH_US, environment=environment,
             )  # fmt: skip
         self._service.begun(WORKERS)
 
@@ -67,12 +66,19 @@ class Host:
         self.deaths += 1
 
     def kill(self) -> None:
-        """Supervisor and workers at once, by SIGKILL: their queues go with them."""
+        """Supervisor and workers at once, by SIGKILL: their queues go with them.
+
+        The supervisor is stopped first, so that it starts no other, and workers do not outlive it to read their queues.
+        """
         assert self._service is not None
-        self.deaths += len(self._service.reading())
-        os.killpg(self._service.process.pid, signal.SIGKILL)
-        self._service.process.wait()
+        self._service.send(signal.SIGSTOP)
+        workers = [pid for pid in self.pids if pid != self._service.process.pid]
+        self.deaths += len(workers)
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        self._service.__exit__()
         self._service = None
+        until(lambda: not any(map(alive, workers)), lambda: f"workers of host {self.number} do not die")
 
     def stop(self) -> None:
         """Let it read its queues to their end, publish that, and end. RuntimeError where it does not do it well."""
@@ -93,5 +99,4 @@ class Host:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._service is not None:
-            os.killpg(self._service.process.pid, signal.SIGKILL)
-            self._service.__exit__()
+            self.kill()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastrecv.netns import Namespace
 
-__all__ = ["KILLED_WITH_US", "cpu_seconds", "missing", "started", "tree"]
+__all__ = ["KILLED_WITH_US", "alive", "cpu_seconds", "missing", "started", "tree"]
 
 KILLED_WITH_US = ["setpriv", "--pdeathsig", "KILL"]
 """In front of a command (util-linux); its own children are its own affair."""
@@ -44,6 +44,14 @@ def tree(pid: int) -> list[int]:
     except FileNotFoundError:
         return []
     return [pid, *(one for child in children for one in tree(int(child)))]
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs still: it is there, and no zombie (proc(5), stat)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastrecv import Batch, sinks
 from fastrecv.bench.numbered import NUMBERED
-from fastrecv.bench.scale_out.engine import PREFIX, SERVERS, STREAM
+from fastrecv.bench.scale_out.addresses import PREFIX, SERVERS, STREAM
 from fastrecv.bench.scale_out.exporters import DATAGRAM, numbered
 from fastrecv.bench.survive_recorder import FOLDER, ROWS
 from fastrecv.policies import Policy
