@@ -114,9 +114,12 @@ class Account(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """How exporters moved. spread : the most that were at more than one host though no route was changed."""
+    """How exporters moved. unseen : how often one was at no host between two changes. spread : the most that were at
+    more than one though no route was changed.
+    """
 
     steps: Sequence[Step]
+    unseen: int
     spread: int
 
 
@@ -193,7 +196,8 @@ def moves(
     rows = np.concatenate(acknowledged)
     by = np.concatenate([np.full(len(found), number) for number, found in enumerate(acknowledged)]).astype(np.int64)
     owners = survive_account.owners(rows, by, exporters, phases)
-    return Moves(survive_account.steps(changes, owners), max(map(int, _spread(rows, by, owners)), default=0))
+    unseen = sum(int(np.count_nonzero(owner < 0)) for owner in owners)
+    return Moves(survive_account.steps(changes, owners), unseen, max(_spread(rows, by, owners), default=0))
 
 
 def _spread(rows: Rows, by: NDArray[np.int64], owners: Sequence[Owners]) -> list[int]:

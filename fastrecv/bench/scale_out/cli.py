@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,21 @@ from fastrecv.bench import environment, measuring
 from fastrecv.bench.arguments import STDOUT, writable_file
 from fastrecv.bench.numbered import MAX_SENDERS
 from fastrecv.bench.scale_out.bed import MOST_HOSTS
-from fastrecv.bench.scale_out.exporters import RECORDS
+from fastrecv.bench.scale_out.exporters import RECORDS, ROUNDS
 from fastrecv.bench.scale_out.processes import missing
 
 __all__ = ["command"]
 
 _PROGRAMS = {"nats-server": "nats-server", "setpriv": "util-linux"}
 _EXIT_MISSING = 77
+_BETWEEN = 0.1  # of the time: between two changes of routes
+
+
+def _check_rate(rate: int, exporters: int, seconds: float, **_others: Any) -> None:
+    """UsageError where the time between two changes is too short for every exporter to be heard of."""
+    least = ROUNDS * RECORDS * exporters / (_BETWEEN * seconds)
+    if rate < least:
+        raise click.UsageError(f"{exporters:,} exporters in {seconds:g} s need --rate {math.ceil(least)} at least")
 
 
 @click.command("scale-out")
@@ -45,6 +54,7 @@ def command(context: click.Context, /, policy: str, json_file: Path | None, **op
     acknowledged is at no consumer, where a duplicate is left after removal, or where records are missing that nobody
     had in a queue or in his hands when he was killed. All of it in private network namespaces.
     """
+    _check_rate(**options)
     for name in ("network namespaces", "veth devices", "the balancer's program"):
         features.check(name)
     if lacking := missing(_PROGRAMS):

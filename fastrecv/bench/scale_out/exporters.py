@@ -26,10 +26,12 @@ from fastrecv.bench.scale_out.addresses import COLLECTOR, EXPORTERS, PORT
 from fastrecv.netns import Namespace
 from fastrecv.privileges import tell_parents_death
 
-__all__ = ["DATAGRAM", "RECORDS", "Exporters", "numbered", "sent_by_each"]
+__all__ = ["DATAGRAM", "RECORDS", "ROUNDS", "Exporters", "filled", "numbered", "sent_by_each"]
 
 RECORDS = 10
 """Of a datagram; the format allows 30."""
+ROUNDS = 2
+"""Datagrams of every exporter between two changes of routes, so that it is seen who has it."""
 _PORTS = range(4242, 4246)
 _STEADY = 8  # datagrams of an exporter from one port
 _FIRST = int(IPv4Address(EXPORTERS))
@@ -44,6 +46,14 @@ _RECORD = np.dtype({
     "itemsize": 48,
 })  # fmt: skip
 DATAGRAM = np.dtype([("header", f"V{_HEADER.size}"), ("records", _RECORD, (RECORDS,))])
+
+
+def filled(number: int, exporter: int, phase: int) -> bytes:
+    """An exporter's datagram. number : of its first record."""
+    records = np.zeros(RECORDS, _RECORD)
+    records["sender"], records["phase"], records["packets"] = _FIRST + exporter, phase, 1
+    records["number"] = number + np.arange(RECORDS)
+    return _HEADER.pack(5, RECORDS, 0, int(time.time()), 0, number, 0, 0, 0) + records.tobytes()
 
 
 def numbered(datagrams: NDArray[np.void]) -> NDArray[np.void]:
@@ -98,21 +108,10 @@ def _control(number: int) -> list[tuple[int, int, bytes]]:
     return [(socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=I4s4s", 0, IPv4Address(_FIRST + number).packed, bytes(4)))]
 
 
-def _filled(numbers: NDArray[np.int64], exporter: int, phase: int) -> bytes:
-    """The next datagram of an exporter."""
-    records = np.zeros(RECORDS, _RECORD)
-    records["sender"], records["phase"], records["packets"] = _FIRST + exporter, phase, 1
-    records["number"] = numbers[exporter] + np.arange(RECORDS)
-    header = _HEADER.pack(5, RECORDS, 0, int(time.time()), 0, int(numbers[exporter]), 0, 0, 0)
-    numbers[exporter] += RECORDS
-    return header + records.tobytes()
-
-
 def _send(fd: int, exporters: int, address: str, port: int) -> None:
     words = memoryview(mmap.mmap(fd, mmap.PAGESIZE)).cast("Q")
     pace, to, sent = _Pace(words), (address, port), 0
     sources = [_control(number) for number in range(exporters)]
-    numbers = np.zeros(exporters, np.int64)
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in _PORTS]
         for sock, own in zip(socks, _PORTS, strict=True):
@@ -123,7 +122,7 @@ def _send(fd: int, exporters: int, address: str, port: int) -> None:
                 time.sleep(_PAUSE)
                 continue
             sock = socks[(turn // _STEADY + exporter) % len(socks)]
-            sock.sendmsg([_filled(numbers, exporter, words[PHASE])], sources[exporter], 0, to)
+            sock.sendmsg([filled(turn * RECORDS, exporter, words[PHASE])], sources[exporter], 0, to)
             sent += 1
             words[SENT] = sent
 

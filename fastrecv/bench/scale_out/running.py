@@ -114,7 +114,7 @@ def _throughput(plan: Plan, scene: Scene, hosts: int, say: Callable[[str], None]
         "hosts": [pid for number in scene.routed for pid in scene.hosts[number].pids],
         "engine": scene.engine.pids, "consumers": scene.consumers.pids,
     }  # fmt: skip
-    found = measured(hosts, max(1.0, _MEASURED * plan.seconds), scene.source, scene.consumers, pids)
+    found = measured(hosts, max(1.0, _MEASURED * plan.seconds), scene.source, scene.consumers, scene.engine, pids)
     _steady(plan, scene)
     say(f"{hosts} of the hosts: {found.rate:,.0f} records a second")
     return found

@@ -16,15 +16,15 @@ from fastrecv.bench.scale_out import account
 from fastrecv.bench.scale_out.bed import Bed, Policy
 from fastrecv.bench.scale_out.consumers import CONSUMERS, Consumers
 from fastrecv.bench.scale_out.engine import Engine
-from fastrecv.bench.scale_out.exporters import Exporters
+from fastrecv.bench.scale_out.exporters import ROUNDS, Exporters
 from fastrecv.bench.scale_out.hosts import WORKERS, Host
 from fastrecv.bench.survive_service import until
 
 __all__ = ["SHARDS", "Scene"]
 
 SHARDS = 8
+_PATIENCE = 60.0  # seconds
 _NOTICED = 0.5  # seconds until the router knows that a host is gone
-_DRAINED = 60.0  # seconds
 
 
 class Scene:
@@ -42,6 +42,7 @@ class Scene:
         self.done: Counter[str] = Counter()
         self.spooled = 0
         self._folder, self._rng = folder, np.random.default_rng(seed)
+        self._exporters, self._known = exporters, 0
         self._dead_node = self._dead_host = self._restarted = 0
         with contextlib.ExitStack() as undo:
             self.bed = undo.enter_context(Bed(policy))
@@ -72,12 +73,14 @@ class Scene:
     @contextlib.contextmanager
     def changing(self, what: str, hosts: list[int]) -> Iterator[None]:
         """A change that ends with the routes to these hosts; in a phase of its own."""
+        until(lambda: self.source.sent >= self._known, lambda: "the exporters hardly send", _PATIENCE)
         before = len(self.routed)
         self._next_phase()
         yield
         self._route(hosts)
         self._next_phase()
         self.changes.append((what, before, len(hosts)))
+        self._known = self.source.sent + ROUNDS * self._exporters
 
     def _next_phase(self) -> None:
         """What is sent from now on is of the next phase, and nothing of the last is still to be sent."""
@@ -157,7 +160,7 @@ class Scene:
             host.stop()
         until(
             lambda: self.engine.held()[2:] == (0, 0), lambda: f"messages are left in the engine: {self.engine.held()}",
-            _DRAINED,
+            _PATIENCE,
         )  # fmt: skip
         self.consumers.stop()
         return sent

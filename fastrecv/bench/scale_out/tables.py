@@ -73,15 +73,22 @@ def _moved(run: Run) -> str:
         [step.what, f"{step.before} to {step.after}", f"{step.moved:,}", f"{step.ideal:,.0f}"]
         for step in run.moves.steps
     ]
-    spread = f"Exporters at more than one host while no route changed: {run.moves.spread:,} at most."
+    spread = (
+        f"Exporters at more than one host while no route changed: {run.moves.spread:,} at most. "
+        f"Exporters that no host had between two changes: {run.moves.unseen:,}."
+    )
     return f"{markdown(header, rows)}\n\n{spread}"
 
 
 def _throughput(run: Run) -> str:
     names = list(run.throughput[0].microseconds)
-    header = ["hosts", "records a second", *(f"µs of CPU a record: {name}" for name in names)]
+    header = [
+        "hosts", "records a second", *(f"µs of CPU a record: {name}" for name in names), "records a message",
+        "bytes a record in the engine",
+    ]  # fmt: skip
     return markdown(header, [
-        [str(one.hosts), f"{one.rate:,.0f}", *(f"{one.microseconds[name]:.1f}" for name in names)]
+        [str(one.hosts), f"{one.rate:,.0f}", *(f"{one.microseconds[name]:.1f}" for name in names),
+         f"{one.records / max(1, one.messages):.0f}", f"{one.bytes / max(1, one.records):.0f}"]
         for one in run.throughput
     ])  # fmt: skip
 

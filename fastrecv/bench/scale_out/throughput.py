@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from fastrecv.bench.scale_out.consumers import Consumers
+from fastrecv.bench.scale_out.engine import Engine
 from fastrecv.bench.scale_out.exporters import RECORDS, Exporters
 from fastrecv.bench.scale_out.processes import cpu_seconds
 
@@ -22,11 +23,15 @@ _WARM = 0.25  # of the time, before it counts
 
 
 class Throughput(NamedTuple):
-    """What came of it. records : at consumers. microseconds : of CPU a record, by who has used them."""
+    """What came of it. records : at consumers. messages, bytes : that the engine has stored, a copy. microseconds : of
+    CPU a record, by who has used them.
+    """
 
     hosts: int
     seconds: float
     records: int
+    messages: int
+    bytes: int
     microseconds: Mapping[str, float]
 
     @property
@@ -36,17 +41,19 @@ class Throughput(NamedTuple):
 
 
 def measured(
-    hosts: int, seconds: float, source: Exporters, consumers: Consumers, pids: Mapping[str, list[int]]
+    hosts: int, seconds: float, source: Exporters, consumers: Consumers, engine: Engine, pids: Mapping[str, list[int]]
 ) -> Throughput:  # fmt: skip
     """While `hosts` share the exporters. pids : of who else is measured, by name."""
     source.pace(0)
     _push(source, consumers, _WARM * seconds)
+    held = engine.held()
     began, kept = time.monotonic(), consumers.count()
     used = {name: cpu_seconds(found) for name, found in pids.items()}
     _push(source, consumers, seconds)
     took, records = time.monotonic() - began, consumers.count() - kept
     cost = {name: 1e6 * (cpu_seconds(found) - used[name]) / max(1, records) for name, found in pids.items()}
-    return Throughput(hosts, took, records, cost)
+    more = engine.held()
+    return Throughput(hosts, took, records, more.messages - held.messages, more.bytes - held.bytes, cost)
 
 
 def _push(source: Exporters, consumers: Consumers, seconds: float) -> None:
