@@ -23,6 +23,8 @@ __all__ = ["HANDLER", "SHARDS", "SINK", "Recorder", "sink_url"]
 HANDLER = f"{__name__}:Recorder"
 SINK, SHARDS = "FASTRECV_SINK", "FASTRECV_SHARDS"
 """In the environment: the sink, as text, and how many shards there are."""
+_CLOSING = 25.0
+"""Seconds to publish what is in the spool: less than a worker has to stop in."""
 _POLICY = Policy("source", seed=1)
 """Of every host the same: so an exporter keeps its shard, whichever host it comes to."""
 
@@ -41,7 +43,9 @@ class Recorder:
         self._undo = contextlib.ExitStack()
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
         self._undo.callback(os.close, self._fd)
-        self._sink = self._undo.enter_context(sinks.parsed(os.environ[SINK]))
+        self._sink = sinks.parsed(os.environ[SINK])
+        self._sink.open()
+        self._undo.callback(self._sink.close, _CLOSING)
 
     def handle(self, batch: Batch) -> None:
         for shard, part in self._shards.split(batch):

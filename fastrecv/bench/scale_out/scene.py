@@ -24,6 +24,7 @@ __all__ = ["SHARDS", "Scene"]
 
 SHARDS = 8
 _PATIENCE = 60.0  # seconds
+_TICK = 0.05  # seconds
 _NOTICED = 0.5  # seconds until the router knows that a host is gone
 
 
@@ -154,8 +155,16 @@ class Scene:
     # Its end
 
     def finish(self) -> int:
-        """Let everything come to the consumers, and stop; how many datagrams were sent."""
+        """Let everything come to the consumers, and stop; how many datagrams were sent.
+
+        What a killed worker has left in its spool is taken over by those who live, if not at once.
+        """
         sent = self.source.stop()
+        deadline = time.monotonic() + _PATIENCE
+        while self.consumers.count() < sum(host.count() for host in self.hosts.values()):
+            if time.monotonic() > deadline:
+                break  # the account will tell
+            time.sleep(_TICK)
         for host in self.hosts.values():
             host.stop()
         until(
