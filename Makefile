@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := clang gcc libbpf-dev libc6-dev libelf-dev libxdp-dev linux-perf llvm pkg-config python3-dev python3-venv zlib1g-dev
-DAEMONS := nginx pmacct softflowd
+DAEMONS := nats-server nginx pmacct softflowd
 DAEMONS_NEED := libjansson4 libmariadb3 libmaxminddb0 libnetfilter-log1 libpcap0.8 libpq5 librabbitmq4 librdkafka1 \
 	libsqlite3-0 libzmq5 netbase
 SOURCES := $(wildcard fastrecv/_*/*.pyx fastrecv/_*/*.pxd bpf/*.c bpf/*.h)

@@ -18,6 +18,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from fastrecv.bench import compare as comparing
 from fastrecv.bench import (
     measuring,
+    outage_cli,
     receive_cli,
     receive_results,
     resize,
@@ -203,6 +204,7 @@ def show(file: Path, report: Path | None, plot: Path | None) -> None:
     measuring.write(result, report, plot)
 
 
+bench.add_command(outage_cli.command)
 bench.add_command(receive_cli.command)
 bench.add_command(resize.command)
 bench.add_command(steer_cli.command)

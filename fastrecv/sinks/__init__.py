@@ -6,16 +6,22 @@ A Sink takes batches, Arrow record batches or rows, never blocks past its patien
 
 from fastrecv.errors import SinkFull
 from fastrecv.sinks.base import BaseSink
+from fastrecv.sinks.engine import Access
 from fastrecv.sinks.interface import Data, Rows, Sink, SinkStatistics
+from fastrecv.sinks.jetstream import JetStream
 from fastrecv.sinks.json_lines import JsonLines
+from fastrecv.sinks.parquet import Parquet
 from fastrecv.sinks.records import record_batch
 from fastrecv.sinks.shards import Shards
 from fastrecv.sinks.urls import parsed
 
 __all__ = [
+    "Access",
     "BaseSink",
     "Data",
+    "JetStream",
     "JsonLines",
+    "Parquet",
     "Rows",
     "Shards",
     "Sink",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from types import TracebackType
 from typing import Self
@@ -46,4 +47,5 @@ class BaseSink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(self.patience)
+        with contextlib.suppress(TimeoutError) if error is not None else contextlib.nullcontext():
+            self.close(self.patience)

@@ -10,8 +10,11 @@ from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
+from fastrecv.sinks.engine import Access
 from fastrecv.sinks.interface import Sink
+from fastrecv.sinks.jetstream import JetStream
 from fastrecv.sinks.json_lines import JsonLines
+from fastrecv.sinks.parquet import Parquet
 
 __all__ = ["parsed"]
 
@@ -26,7 +29,11 @@ Option = tuple[str, Callable[[str], Any]]
 def parsed(url: str) -> Sink:
     """The sink that a text names; not opened yet.
 
-    jsonl:-, jsonl:/file. Options follow as ?name=value&name=value; %XX stands for a byte (RFC 3986).
+    jsonl:-, jsonl:/file, parquet:/folder?rotate=60s&size=64M,
+    nats://user:password@host:4222,host2:4222/prefix?spool=/folder&stream=NAME, or tls:// in place of nats:// to insist
+    on TLS, and token@ in place of user:password@. The last has also spool-size=1G, full=block|drop-oldest, window=256,
+    and the files nkey, ca, certificate, key. All have patience=5s.
+    Options follow as ?name=value&name=value; %XX stands for a byte (RFC 3986).
 
     ValueError, in one line, for what is no sink, for unknown options and for values that make no sense.
     """
@@ -34,12 +41,17 @@ def parsed(url: str) -> Sink:
     make = _SINKS.get(scheme)
     if not colon or make is None:
         raise ValueError(
-            f"{url!r} is no sink{_meant(scheme, _SINKS)}: give {', '.join(f'{name}:...' for name in _SINKS)}"
+            f"{_shown(url)} is no sink{_meant(scheme, _SINKS)}: give {', '.join(f'{name}:...' for name in _SINKS)}"
         )
     try:
         return make(rest)
     except ValueError as error:
-        raise ValueError(f"sink {url!r}: {error}") from None
+        raise ValueError(f"sink {_shown(url)}: {error}") from None
+
+
+def _shown(url: str) -> str:
+    """Without credentials, which are nobody's who reads a log."""
+    return repr(re.sub("//[^/]*@", "//...@", url))
 
 
 def seconds(text: str) -> float:
@@ -50,6 +62,13 @@ def seconds(text: str) -> float:
 def size(text: str) -> int:
     """Bytes of 65536, 64K, 64M, 1G, each 1,024 of the one before. ValueError."""
     return math.floor(_measured(text, _BYTES, "bytes like 64M, 1G"))
+
+
+def whole(text: str) -> int:
+    """A number. ValueError."""
+    if not text.isdecimal():
+        raise ValueError(f"{text!r}: give a whole number")
+    return int(text)
 
 
 def _measured(text: str, units: Mapping[str, float], examples: str) -> float:
@@ -84,6 +103,19 @@ def _meant(word: str, names: Iterable[str]) -> str:
 
 
 _PATIENCE: dict[str, Option] = {"patience": ("patience", seconds)}
+_ENGINE: dict[str, Option] = {
+    "spool": ("spool", str),
+    "stream": ("stream", str),
+    "spool-size": ("spool_size", size),
+    "full": ("full", str),
+    "window": ("window", whole),
+    "nkey": ("nkey", str),
+    "ca": ("ca", str),
+    "certificate": ("certificate", str),
+    "key": ("key", str),
+    **_PATIENCE,
+}
+_FILES: dict[str, Option] = {"rotate": ("rotate", seconds), "size": ("size", size), **_PATIENCE}
 
 
 def _filed(make: Callable[..., Sink], known: Mapping[str, Option], what: str, rest: str) -> Sink:
@@ -94,6 +126,27 @@ def _filed(make: Callable[..., Sink], known: Mapping[str, Option], what: str, re
     return make(unquote(path), **options(query, known))
 
 
+def _jetstream(tls: bool, rest: str) -> Sink:
+    place, _, query = rest.partition("?")
+    authority, slash, prefix = place.removeprefix("//").partition("/")
+    if not place.startswith("//") or not slash:
+        raise ValueError("give nats://host:4222/prefix?spool=/folder")
+    words = options(query, _ENGINE)
+    if "spool" not in words:
+        raise ValueError("has no spool: give spool=/folder, where messages wait while the engine is away")
+    who, at, servers = authority.rpartition("@")
+    user, colon, password = who.partition(":")
+    names: dict[str, Any] = {}
+    if at:
+        names = {"user": unquote(user), "password": unquote(password)} if colon else {"token": unquote(user)}
+    names |= {name: words.pop(name) for name in ("nkey", "ca", "certificate", "key") if name in words}
+    access = Access([server for server in servers.split(",") if server], tls=tls, **names)
+    return JetStream(access, unquote(prefix), words.pop("spool"), **words)
+
+
 _SINKS: Mapping[str, Callable[[str], Sink]] = {
     "jsonl": partial(_filed, JsonLines, _PATIENCE, "jsonl:- or jsonl:/file"),
+    "nats": partial(_jetstream, False),
+    "parquet": partial(_filed, Parquet, _FILES, "parquet:/folder"),
+    "tls": partial(_jetstream, True),
 }

@@ -15,11 +15,10 @@ from fastrecv.bench.arguments import STDOUT, writable_file
 from fastrecv.bench.numbered import MAX_SENDERS
 from fastrecv.bench.scale_out.bed import MOST_HOSTS
 from fastrecv.bench.scale_out.exporters import RECORDS, ROUNDS
-from fastrecv.bench.scale_out.processes import missing
+from fastrecv.bench.scale_out.processes import PACKAGES, found
 
 __all__ = ["command"]
 
-_PROGRAMS = {"nats-server": "nats-server", "setpriv": "util-linux"}
 _EXIT_MISSING = 77
 _BETWEEN = 0.1  # of the time: between two changes of routes
 
@@ -57,9 +56,8 @@ def command(context: click.Context, /, policy: str, json_file: Path | None, **op
     _check_rate(**options)
     for name in ("network namespaces", "veth devices", "the balancer's program"):
         features.check(name)
-    if lacking := missing(_PROGRAMS):
-        click.echo(f"fastrecv.bench: scale-out needs {', '.join(lacking)}", err=True)
-        context.exit(_EXIT_MISSING)
+    for program in PACKAGES:
+        found(program)
     try:
         from fastrecv.bench.scale_out import running, tables  # noqa: PLC0415 - the sinks' extra is not the bench's
     except ModuleNotFoundError as error:

@@ -5,32 +5,34 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from errno import ENOENT
 from pathlib import Path
 
+from fastrecv.errors import NotSupported
 from fastrecv.netns import Namespace
 
-__all__ = ["KILLED_WITH_US", "alive", "cpu_seconds", "missing", "started", "tree"]
+__all__ = ["KILLED_WITH_US", "PACKAGES", "alive", "cpu_seconds", "found", "started", "tree"]
 
 KILLED_WITH_US = ["setpriv", "--pdeathsig", "KILL"]
 """In front of a command (util-linux); its own children are its own affair."""
+PACKAGES = {"nats-server": "nats-server", "setpriv": "util-linux"}
+"""Programs that the test bed needs, and what has them."""
 _SBIN = "/usr/local/sbin:/usr/sbin"
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
-def found(program: str) -> str | None:
-    return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:{_SBIN}")
-
-
-def missing(programs: Mapping[str, str]) -> list[str]:
-    """Which of these programs are not here, each with the Debian package that has it."""
-    return [f"{program} (Debian: {package})" for program, package in programs.items() if found(program) is None]
+def found(program: str) -> str:
+    """The path of one. NotSupported where it is not installed."""
+    path = shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:{_SBIN}")
+    if path is None:
+        raise NotSupported("the test bed", program, ENOENT, f"install it (Debian: {PACKAGES[program]})")
+    return path
 
 
 def started(space: Namespace, words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     """A program with its arguments, in a namespace, its output behind what the log has already."""
     path = found(words[0])
-    assert path is not None  # the command has looked
     with space, log.open("a") as output:
         return subprocess.Popen(  # noqa: S603 - programs that the command has looked for
             [*KILLED_WITH_US, path, *words[1:]], stdin=subprocess.DEVNULL, stdout=output, stderr=output,

@@ -68,13 +68,14 @@ class Scene:
         return number
 
     def _route(self, hosts: list[int]) -> None:
-        self.bed.route(hosts)
+        """In the order of their numbers: the kernel gives each a stretch of the hashes, in the order of the route."""
         self.routed = sorted(hosts)
+        self.bed.route(self.routed)
 
     @contextlib.contextmanager
     def changing(self, what: str, hosts: list[int]) -> Iterator[None]:
         """A change that ends with the routes to these hosts; in a phase of its own."""
-        until(lambda: self.source.sent >= self._known, lambda: "the exporters hardly send", _PATIENCE)
+        self._heard_all()
         before = len(self.routed)
         self._next_phase()
         yield
@@ -82,6 +83,9 @@ class Scene:
         self._next_phase()
         self.changes.append((what, before, len(hosts)))
         self._known = self.source.sent + ROUNDS * self._exporters
+
+    def _heard_all(self) -> None:
+        until(lambda: self.source.sent >= self._known, lambda: "the exporters hardly send", _PATIENCE)
 
     def _next_phase(self) -> None:
         """What is sent from now on is of the next phase, and nothing of the last is still to be sent."""
@@ -159,6 +163,7 @@ class Scene:
 
         What a killed worker has left in its spool is taken over by those who live, if not at once.
         """
+        self._heard_all()
         sent = self.source.stop()
         deadline = time.monotonic() + _PATIENCE
         while self.consumers.count() < sum(host.count() for host in self.hosts.values()):

@@ -1,0 +1,344 @@
+"""The JetStream sink against a real nats-server: killed publishers, killed servers, and every record accounted for."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import signal
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastrecv.sinks import Access, JetStream, Sink, SinkFull, parsed
+from tests.kernel.jetstream import Server, by_subject, until
+
+SHARDS = 4
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with Server(tmp_path) as made:
+        yield made
+
+
+def sink_to(server: Server, tmp_path: Path, **options: Any) -> JetStream:
+    return JetStream(Access([server.address]), "flows", tmp_path / "spool", **{"stream": "FLOWS", **options})
+
+
+def expected(count: int) -> dict[str, list[int]]:
+    return {f"flows.{shard}": list(range(shard, count, SHARDS)) for shard in range(SHARDS)}
+
+
+def publish(sink: JetStream, numbers: range) -> None:
+    for number in numbers:
+        sink.publish([{"n": number}], number % SHARDS)
+
+
+def test_rows_arrive_as_arrow_streams_by_subject_and_in_order(server: Server, tmp_path: Path) -> None:
+    with sink_to(server, tmp_path) as sink:
+        assert isinstance(sink, Sink)
+        publish(sink, range(100))
+        sink.publish([])
+        sink.flush(10)
+        statistics = sink.statistics()
+    assert (statistics.rows, statistics.published, statistics.acknowledged, statistics.waiting) == (100, 100, 100, 0)
+    assert (statistics.duplicates, statistics.dropped, statistics.reconnects) == (0, 0, 0)
+    stored = server.stored("FLOWS")
+    assert by_subject(stored) == expected(100)
+    assert len({message.identity for message in stored}) == 100
+    assert list((tmp_path / "spool" / "flows").iterdir()) == []
+
+
+def test_a_batch_that_is_too_long_for_a_message_becomes_several(server: Server, tmp_path: Path) -> None:
+    rows = [{"n": number, "pad": bytes(100_000)} for number in range(30)]
+    with sink_to(server, tmp_path) as sink:
+        sink.publish(rows, 1)
+        with pytest.raises(ValueError, match=r"a row of .* bytes: a message has room for 1000000"):
+            sink.publish([{"n": 1, "pad": bytes(2_000_000)}])
+        assert sink.statistics().published == 4
+    stored = server.stored("FLOWS")
+    assert len(stored) == 4
+    assert by_subject(stored) == {"flows.1": list(range(30))}
+
+
+def test_a_server_that_comes_later_and_goes_meanwhile_gets_all_in_order(tmp_path: Path) -> None:
+    with Server(tmp_path) as server:
+        server.kill()
+        with sink_to(server, tmp_path) as sink:
+            publish(sink, range(200))
+            with pytest.raises(TimeoutError, match=r"200 messages wait in .*Connect"):
+                sink.flush(0.3)
+            server.start()
+            sink.flush(20)
+            for again, begin in enumerate(range(200, 2000, 600), 1):
+                publish(sink, range(begin, begin + 300))
+                server.kill()
+                publish(sink, range(begin + 300, begin + 600))
+                server.start()
+                reached = functools.partial(lambda count: sink.statistics().reconnects == count, again)
+                until(reached, lambda: str(sink.statistics()))
+            sink.flush(30)
+            statistics = sink.statistics()
+        assert statistics.acknowledged == statistics.published == 2000
+        assert by_subject(server.stored("FLOWS")) == expected(2000)
+
+
+PUBLISHER = """
+import sys
+from fastrecv.sinks import Access, JetStream
+address, folder, begin = sys.argv[1], sys.argv[2], int(sys.argv[3])
+sink = JetStream(Access([address]), "flows", folder, stream="FLOWS", window=8)
+sink.open()
+for number in range(begin, 10**9):
+    sink.publish([{"n": number}], number % 4)
+    sys.stdout.write(f"{number}\\n")
+    sys.stdout.flush()
+"""
+
+
+def killed_publisher(server: Server, tmp_path: Path, begin: int, seconds: float) -> int:
+    """The number behind the last for which publish() has returned in a process that was killed after a while."""
+    words = [sys.executable, "-c", PUBLISHER, server.address, str(tmp_path / "spool"), str(begin)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        time.sleep(seconds)
+        process.kill()
+        returned = (first + process.stdout.read()).split(b"\n")[:-1]
+    return int(returned[-1]) + 1
+
+
+def survive(server: Server, tmp_path: Path, rounds: int, draw: random.Random) -> int:
+    """Publishers that are killed, one after the other, and a server that is killed now and then; how many numbers."""
+    begin = 0
+    for place in range(rounds):
+        if place % 2:
+            server.kill()
+        if place % 4 == 3:  # a publisher that lives and dies without a server
+            begin = killed_publisher(server, tmp_path, begin, draw.uniform(0, 0.1))
+        if place % 2:
+            server.start()
+        begin = killed_publisher(server, tmp_path, begin, draw.uniform(0, 0.3))
+    return begin
+
+
+@pytest.mark.parametrize("rounds", [4, pytest.param(60, marks=pytest.mark.proof)])
+def test_what_publish_has_returned_for_is_there_once_and_in_order_though_all_are_killed(
+    server: Server, tmp_path: Path, rounds: int
+) -> None:
+    count = survive(server, tmp_path, rounds, random.Random(rounds))
+    with sink_to(server, tmp_path) as sink:
+        until(lambda: sink.statistics().adopted, lambda: "nothing was taken over")
+        sink.flush(60)
+        statistics = sink.statistics()
+        assert statistics.acknowledged == statistics.adopted
+        assert statistics.torn <= rounds * 2
+    stored = server.stored("FLOWS")
+    assert len({message.identity for message in stored}) == len(stored)
+    found = by_subject(stored)
+    # A number that was written to the spool and whose publish() had not returned is given again by the next publisher.
+    unique = {subject: list(dict.fromkeys(numbers)) for subject, numbers in found.items()}
+    more = {number for numbers in unique.values() for number in numbers if number >= count}
+    assert len(more) <= 1
+    assert {subject: [number for number in numbers if number < count] for subject, numbers in unique.items()} == (
+        expected(count)
+    )
+    assert sum(map(len, found.values())) - sum(map(len, unique.values())) <= rounds * 2
+    assert list((tmp_path / "spool" / "flows").iterdir()) == []
+
+
+ACKNOWLEDGED_LATE = """
+import os, sys
+from fastrecv.sinks import Access, JetStream
+JetStream.acknowledged = lambda *arguments: os.kill(os.getpid(), 9)
+sink = JetStream(Access([sys.argv[1]]), "flows", sys.argv[2], stream="FLOWS")
+sink.open()
+sink.publish([{"n": 0}])
+sink.flush()
+"""
+
+
+def test_what_a_dead_process_had_sent_is_removed_by_the_stream_when_it_is_sent_again(
+    server: Server, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-c", ACKNOWLEDGED_LATE, server.address, str(tmp_path / "spool")]
+    assert subprocess.run(words, check=False, timeout=20).returncode == -signal.SIGKILL
+    with sink_to(server, tmp_path) as sink:
+        until(lambda: sink.statistics().acknowledged, lambda: "nothing was taken over")
+        assert sink.statistics()[2:7] == (1, 1, 0, 0, 1)
+    assert by_subject(server.stored("FLOWS")) == {"flows.0": [0]}
+
+
+def test_what_another_process_leaves_while_we_run_is_taken_over(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastrecv.sinks.delivery._ADOPT", 0.1)
+    monkeypatch.setattr("fastrecv.sinks.jetstream._LEFT", 0.1)
+    away = JetStream(Access(["127.0.0.1:9"]), "flows", tmp_path / "spool")
+    with sink_to(server, tmp_path) as sink:
+        publish(sink, range(4))
+        sink.flush(10)
+        away.open()
+        publish(away, range(4, 8))
+        assert sink.statistics().adopted == 0
+        with pytest.raises(TimeoutError, match="4 messages wait"):
+            away.close(0)
+        until(lambda: sink.statistics().acknowledged == 8, lambda: str(sink.statistics()))
+    assert by_subject(server.stored("FLOWS")) == expected(8)
+
+
+def test_a_full_spool_refuses_what_it_has_no_room_for_and_takes_it_later(tmp_path: Path) -> None:
+    with Server(tmp_path) as server:
+        server.kill()
+        with sink_to(server, tmp_path, spool_size=16 << 20, patience=0.05) as sink:
+            row = {"pad": os.urandom(900_000)}
+            taken = 0
+            while sink.statistics().spooled_bytes < 15 << 20:
+                sink.publish([{"n": taken, **row}])
+                taken += 1
+            began = time.monotonic()
+            with pytest.raises(SinkFull, match=r"the spool .* is full: .*Connect"):
+                sink.publish([{"n": taken, **row}, {"n": taken + 1, **row}])
+            assert time.monotonic() - began >= 0.05
+            assert sink.statistics().published == taken
+            server.start()
+            sink.flush(20)
+            sink.publish([{"n": taken}])
+            sink.flush(10)
+        assert by_subject(server.stored("FLOWS")) == {"flows.0": list(range(taken + 1))}
+
+
+def test_a_full_spool_that_is_to_drop_keeps_the_newest_and_counts_the_others(tmp_path: Path) -> None:
+    with Server(tmp_path) as server:
+        server.kill()
+        with sink_to(server, tmp_path, spool_size=16 << 20, full="drop-oldest", patience=0) as sink:
+            for number in range(40):
+                sink.publish([{"n": number, "pad": os.urandom(900_000)}])
+            before = sink.statistics()
+            assert before.published == 40
+            assert before.waiting + before.dropped == 40
+            assert before.dropped >= 40 - 18
+            server.start()
+            sink.flush(20)
+            after = sink.statistics()
+            assert (after.acknowledged, after.dropped) == (before.waiting, before.dropped)
+        assert by_subject(server.stored("FLOWS")) == {"flows.0": list(range(before.dropped, 40))}
+
+
+def test_a_server_that_stands_still_is_left_and_gets_all_when_it_goes_on(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastrecv.sinks.delivery._ACKNOWLEDGE", 0.3)
+    with sink_to(server, tmp_path) as sink:
+        publish(sink, range(50))
+        sink.flush(10)
+        server.send(signal.SIGSTOP)
+        publish(sink, range(50, 1000))
+        with pytest.raises(TimeoutError, match=r"messages wait in .*not acknowledged for 0.3 s"):
+            sink.flush(1.5)
+        server.send(signal.SIGCONT)
+        sink.flush(20)
+    assert by_subject(server.stored("FLOWS")) == expected(1000)
+
+
+def test_a_stream_that_is_made_later_gets_what_waited_for_it(server: Server, tmp_path: Path) -> None:
+    with sink_to(server, tmp_path, stream=None) as sink:
+        publish(sink, range(8))
+        with pytest.raises(TimeoutError, match="no stream takes"):
+            sink.flush(0.5)
+        server.made("OTHER", "flows.*")
+        sink.flush(10)
+    assert by_subject(server.stored("OTHER")) == expected(8)
+
+
+def test_a_stream_that_is_there_stays_as_it_is_and_one_that_takes_other_subjects_is_said(
+    server: Server, tmp_path: Path
+) -> None:
+    server.made("FLOWS", "other.>")
+    with pytest.raises(TimeoutError, match="no stream takes"), sink_to(server, tmp_path, patience=0.5) as sink:
+        publish(sink, range(1))
+    assert server.stored("FLOWS") == []
+
+
+@pytest.mark.parametrize(("authorization", "who"), [
+    ("user: jane, password: 'p/ss'", {"user": "jane", "password": "p/ss"}),
+    ("token: s3cret", {"token": "s3cret"}),
+])  # fmt: skip
+def test_passwords_and_tokens_are_given_and_wrong_ones_are_said(
+    tmp_path: Path, authorization: str, who: dict[str, str]
+) -> None:
+    with Server(tmp_path, f"authorization {{ {authorization} }}", **who) as server:
+        text = ":".join(who.values())
+        place = f"{server.address}/flows?stream=FLOWS&spool={tmp_path}/spool&patience=300ms"
+        with pytest.raises(TimeoutError, match="'Authorization Violation'"), parsed(f"nats://x:y@{place}") as sink:
+            sink.publish([{"n": 0}])
+        with parsed(f"nats://{text.replace('/', '%2F')}@{place}") as sink:
+            sink.flush(10)
+            sink.publish([{"n": 1}])
+            sink.flush(10)
+        assert by_subject(server.stored("FLOWS")) == {"flows.0": [0, 1]}
+
+
+def test_an_nkey_is_given(tmp_path: Path) -> None:
+    nkeys = pytest.importorskip("nkeys", reason="nats-py[nkeys]")
+    seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
+    (tmp_path / "seed").write_bytes(seed)
+    public = nkeys.from_seed(bytearray(seed)).public_key.decode()
+    options = {"nkeys_seed": str(tmp_path / "seed")}
+    with Server(tmp_path, f"authorization {{ users: [ {{ nkey: {public} }} ] }}", **options) as server:
+        place = f"{server.address}/flows?stream=FLOWS&spool={tmp_path}/spool&nkey={tmp_path}/seed"
+        with parsed(f"nats://{place}") as sink:
+            sink.publish([{"n": 0}])
+        assert by_subject(server.stored("FLOWS")) == {"flows.0": [0]}
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """Of 127.0.0.1, signed by itself; its key is beside it."""
+    made = tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1",
+         "-keyout", str(tmp_path / "key.pem"), "-out", str(made), "-subj", "/CN=test",
+         "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True,
+    )  # fmt: skip
+    return made
+
+
+def test_tls_is_made_with_servers_whose_certificate_is_known_and_with_no_others(
+    tmp_path: Path, certificate: Path
+) -> None:
+    config = f'tls {{ cert_file: "{certificate}", key_file: "{tmp_path}/key.pem" }}'
+    with Server(tmp_path, config, tls=ssl.create_default_context(cafile=certificate)) as server:
+        place = f"{server.address}/flows?stream=FLOWS&spool={tmp_path}/spool&patience=300ms"
+        with pytest.raises(TimeoutError, match="CERTIFICATE_VERIFY_FAILED"), parsed(f"tls://{place}") as sink:
+            sink.publish([{"n": 0}])
+        with parsed(f"nats://{place}&ca={certificate}") as sink:
+            sink.flush(10)
+            sink.publish([{"n": 1}])
+            sink.flush(10)
+        assert by_subject(server.stored("FLOWS")) == {"flows.0": [0, 1]}
+
+
+def test_where_tls_is_asked_for_a_server_without_it_gets_no_credentials(tmp_path: Path) -> None:
+    with Server(tmp_path, "authorization { user: jane, password: s3cret }\ndebug: true\ntrace: true") as server:
+        place = f"jane:s3cret@{server.address}/flows?spool={tmp_path}/spool&patience=500ms"
+        with pytest.raises(TimeoutError, match="offers no TLS"), parsed(f"tls://{place}") as sink:
+            sink.publish([{"n": 0}])
+        assert "[CONNECT" not in (tmp_path / "nats.log").read_text()
+
+
+def test_a_file_that_is_missing_is_said_at_once(server: Server, tmp_path: Path) -> None:
+    access, missing = Access([server.address]), str(tmp_path / "none.pem")
+    for wrong in (replace(access, ca=missing), replace(access, nkey=missing), replace(access, certificate=missing)):
+        sink = JetStream(wrong, "flows", tmp_path / "spool")
+        with pytest.raises((FileNotFoundError, ModuleNotFoundError), match=r"none\.pem|nkeys is not installed"):
+            sink.open()
+        sink.close()
