@@ -34,6 +34,7 @@ from fastrecv.bench.floods import FLOODS
 from fastrecv.bench.lab import BenchBusyError
 from fastrecv.bench.prefixes import MAX_ENTRIES
 from fastrecv.bench.programs import PROGRAMS
+from fastrecv.bench.scale_out import cli as scale_out_cli
 from fastrecv.bench.stage import ForeignProgramError, Plan, SelectionError
 from fastrecv.errors import NotSupported
 
@@ -209,6 +210,7 @@ bench.add_command(resize.command)
 bench.add_command(steer_cli.command)
 bench.add_command(survive_cli.command)
 bench.add_command(soak_cli.command)
+bench.add_command(scale_out_cli.command)
 bench.add_command(workers_cli.command)
 bench.add_command(xdp_cli.command)
 

@@ -41,8 +41,10 @@ __all__ = [
     "MANY_HOST_IP6",
     "BenchBusyError",
     "Lab",
+    "device",
     "private_bpffs",
     "quick_grace_periods",
+    "sysctl",
 ]
 
 HOST_IP4, FAR_IP4 = "192.0.2.1", "192.0.2.2"
@@ -73,18 +75,18 @@ class Lab:
         with self.far:
             far_net = self._undo.enter_context(IPRoute())
             if ipv6:
-                _sysctl("ipv6/conf/default/disable_ipv6", 1)  # silent: what it would send is no part of a flood
+                sysctl("ipv6/conf/default/disable_ipv6", 1)  # silent: what it would send is no part of a flood
         with self.host:
-            _sysctl("ipv4/conf/all/rp_filter", 0)
-            _sysctl("ipv4/conf/default/rp_filter", 0)
-            _sysctl("ipv4/tcp_syncookies", 2)  # always, as the cover letter had it
+            sysctl("ipv4/conf/all/rp_filter", 0)
+            sysctl("ipv4/conf/default/rp_filter", 0)
+            sysctl("ipv4/tcp_syncookies", 2)  # always, as the cover letter had it
             if ipv6:
-                _sysctl("ipv6/conf/default/accept_dad", 0)
-                _sysctl("ipv6/conf/default/router_solicitations", 0)
+                sysctl("ipv6/conf/default/accept_dad", 0)
+                sysctl("ipv6/conf/default/router_solicitations", 0)
             net = self._undo.enter_context(IPRoute())
             net.link("add", ifname="host0", kind="veth", peer={"ifname": "far0", "net_ns_fd": self.far.fd})
-        self.host_index, self.host_mac = _device(net, "host0")
-        self.far_index, self.far_mac = _device(far_net, "far0")
+        self.host_index, self.host_mac = device(net, "host0")
+        self.far_index, self.far_mac = device(far_net, "far0")
         net.addr("add", index=self.host_index, address=HOST_IP4, prefixlen=24)
         if ipv6:
             net.addr("add", index=self.host_index, address=HOST_IP6, prefixlen=64, flags=IFA_F_NODAD)
@@ -140,7 +142,7 @@ class Lab:
         self._undo.close()
 
 
-def _sysctl(name: str, value: int) -> None:
+def sysctl(name: str, value: int) -> None:
     """Set net.<name> of the calling thread's network namespace; it ends with the namespace."""
     Path("/proc/sys/net", name).write_text(f"{value}\n")
 
@@ -152,7 +154,8 @@ def _receive_offload(name: str) -> None:
         fcntl.ioctl(sock, 0x8946, struct.pack("16sP", name.encode(), ctypes.addressof(set_gro)))
 
 
-def _device(net: IPRoute, name: str) -> tuple[int, bytes]:
+def device(net: IPRoute, name: str) -> tuple[int, bytes]:
+    """Index and hardware address of an interface."""
     (link,) = net.get_links(ifname=name)
     return link["index"], bytes.fromhex(link.get("address").replace(":", ""))
 

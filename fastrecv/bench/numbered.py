@@ -26,16 +26,28 @@ from fastrecv.closing import Closing
 from fastrecv.netns import Namespace
 from fastrecv.policies import Sender
 
-__all__ = ["MAX_SENDERS", "NUMBERED", "NumberedSource", "sender", "udp_counters"]
+__all__ = [
+    "IP_PKTINFO",
+    "MAX_SENDERS",
+    "MAY_SEND",
+    "NUMBERED",
+    "PHASE",
+    "RATE",
+    "SENT",
+    "STOP",
+    "NumberedSource",
+    "sender",
+    "udp_counters",
+]
 
 NUMBERED = np.dtype([("sender", "<u4"), ("number", "<u4"), ("phase", "<u4")])
 MAX_SENDERS = 1 << 16
 _FIRST = int(IPv4Address("127.1.0.0"))
 _SOURCE_PORT = 4242
-_IP_PKTINFO = 8  # include/uapi/linux/in.h
+IP_PKTINFO = 8  # include/uapi/linux/in.h
 # Shared memory, in words of 64 bits, each of one writer and stored at once: with struct.pack_into the other process can
 # see a 0 in between.
-_PHASE, _STOP, _SENT, _MAY_SEND = range(4)
+PHASE, STOP, SENT, MAY_SEND, RATE = range(5)
 _UNLIMITED = (1 << 64) - 1
 _PAUSE = 0.0005  # seconds, while no more may be sent
 _READY = 10.0  # seconds
@@ -52,18 +64,21 @@ class NumberedSource(Closing):
     limit : how many datagrams it may send until `allow` says more; 1 at least, since it begins with the first.
     """
 
+    module = __name__
+    """What the process runs; sources of other datagrams have their own."""
+
     def __init__(
         self, namespace: Namespace, senders: int, address: str, port: int, limit: int = _UNLIMITED
     ) -> None:  # fmt: skip
-        if not ip_address(address).is_loopback or not 1 <= senders <= MAX_SENDERS:
-            raise ValueError(f"{senders} senders to {address}: loopback, and 1 to {MAX_SENDERS}")
+        if not self.may_send_to(address) or not 1 <= senders <= MAX_SENDERS:
+            raise ValueError(f"{senders} senders to {address}: that is not ours, or not 1 to {MAX_SENDERS}")
         fd = os.memfd_create("numbered")
         try:
             os.ftruncate(fd, mmap.PAGESIZE)
             self._memory = mmap.mmap(fd, mmap.PAGESIZE)
             self._words = memoryview(self._memory).cast("Q")
             self.allow(limit)
-            words = ["-m", "fastrecv.bench.numbered", *map(str, (fd, senders, address, port))]
+            words = ["-m", self.module, *map(str, (fd, senders, address, port))]
             with namespace:
                 self._process = subprocess.Popen([sys.executable, *words], pass_fds=[fd])  # noqa: S603 - ourselves
         finally:
@@ -76,13 +91,18 @@ class NumberedSource(Closing):
                 raise RuntimeError("the numbered source does not send")
             time.sleep(0.01)
 
+    @staticmethod
+    def may_send_to(address: str) -> bool:
+        """Whether nobody else can have that address."""
+        return ip_address(address).is_loopback
+
     @property
     def sent(self) -> int:
-        return self._words[_SENT]
+        return self._words[SENT]
 
     def allow(self, limit: int) -> None:
         """Let it send so many datagrams in all."""
-        self._words[_MAY_SEND] = limit
+        self._words[MAY_SEND] = limit
 
     @property
     def phase(self) -> int:
@@ -100,11 +120,11 @@ class NumberedSource(Closing):
     def next_phase(self) -> None:
         """Into an odd phase where a change begins, out of it where it has ended."""
         self._phase += 1
-        self._words[_PHASE] = self._phase
+        self._words[PHASE] = self._phase
 
     def stop(self) -> int:
         """Stop sending; how many datagrams were sent in all."""
-        self._words[_STOP] = 1
+        self._words[STOP] = 1
         if self._process.wait(_READY):
             raise RuntimeError(f"the numbered source failed with {self._process.returncode}")
         return self.sent
@@ -130,7 +150,7 @@ def _send(fd: int, senders: int, address: str, port: int) -> None:
     payload = bytearray(NUMBERED.itemsize)
     # struct in_pktinfo: the source address of one datagram (ip(7), IP_PKTINFO).
     sources = [
-        [(socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("=I4s4s", 0, IPv4Address(_FIRST + n).packed, bytes(4)))]
+        [(socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=I4s4s", 0, IPv4Address(_FIRST + n).packed, bytes(4)))]
         for n in range(senders)
     ]
     sent = 0
@@ -140,16 +160,16 @@ def _send(fd: int, senders: int, address: str, port: int) -> None:
         while True:
             for number in range(senders):
                 while True:
-                    if words[_STOP]:
+                    if words[STOP]:
                         return
-                    if sent < words[_MAY_SEND]:
+                    if sent < words[MAY_SEND]:
                         break
                     time.sleep(_PAUSE)
-                pack(payload, 0, number, numbers[number], words[_PHASE])
+                pack(payload, 0, number, numbers[number], words[PHASE])
                 sock.sendmsg(message, sources[number], 0, to)
                 numbers[number] += 1
                 sent += 1
-                words[_SENT] = sent
+                words[SENT] = sent
 
 
 if __name__ == "__main__":

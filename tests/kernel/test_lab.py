@@ -64,7 +64,7 @@ def test_the_source_takes_no_address_from_anybody() -> None:
         "--flood", "--mode", "--program", "--entries", "--seconds", "--no-profile", "--sources", "--seed", "--cpu",
         "--json", "--report", "--plot", "first", "second", "file", "--group", "--rounds", "--datagrams", "--senders",
         "--compare", "--actions", "--workers", "--minutes", "--setups", "--rates", "--source-cpu",
-        "--away", "--rate",
+        "--hosts", "--exporters", "--rate", "--policy", "--away",
     }  # fmt: skip
 
 
