@@ -52,7 +52,9 @@ def folder(ns: Namespace, tmp_path: Path) -> Path:
 class Collecting(Service):
     """The collector with two workers, which writes lines of JSON at once; or the handler that is named."""
 
-    def __init__(self, folder: Path, handler: str | None = None, *options: object, bind: str = WHERE) -> None:
+    def __init__(
+        self, folder: Path, handler: str | None = None, *options: object, bind: str = f"{ADDRESS}:{PORT}"
+    ) -> None:
         given = CollectorSettings(
             sink=f"jsonl:{folder}/flows", exporters=f"jsonl:{folder}/exporters", window=3600, flush=0.02
         )
