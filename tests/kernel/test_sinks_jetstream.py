@@ -296,6 +296,24 @@ def test_a_server_that_stands_still_is_left_and_gets_all_when_it_goes_on(
     assert by_subject(server.stored("FLOWS")) == expected(1000)
 
 
+def test_a_sink_to_a_server_that_stands_still_is_closed_in_time_though_the_connection_is_full(
+    server: Server, tmp_path: Path
+) -> None:
+    sink = sink_to(server, tmp_path)
+    sink.open()
+    sink.publish([{"n": 0}])
+    sink.flush(10)
+    server.send(signal.SIGSTOP)
+    for number in range(1, 31):
+        sink.publish([{"n": number, "pad": os.urandom(800_000)}], number)
+    with pytest.raises(TimeoutError, match="30 messages wait"):
+        sink.close(0.2)
+    server.send(signal.SIGCONT)
+    with sink_to(server, tmp_path) as successor:
+        until(lambda: successor.statistics().acknowledged == 30, lambda: str(successor.statistics()))
+    assert by_subject(server.stored("FLOWS")) == {f"flows.{number}": [number] for number in range(31)}
+
+
 def test_a_stream_that_is_made_later_gets_what_waited_for_it(server: Server, tmp_path: Path) -> None:
     with sink_to(server, tmp_path, stream=None) as sink:
         publish(sink, range(8))
