@@ -60,6 +60,13 @@ def test_rows_arrive_as_arrow_streams_by_subject_and_in_order(server: Server, tm
     assert list((tmp_path / "spool" / "flows").iterdir()) == []
 
 
+def test_of_several_servers_one_that_answers_is_enough(server: Server, tmp_path: Path) -> None:
+    place = f"127.0.0.1:{free_port()},{server.address}/flows?stream=FLOWS&spool={tmp_path}/spool"
+    with parsed(f"nats://{place}") as sink:
+        sink.publish([{"n": 0}], 4095)
+    assert by_subject(server.stored("FLOWS")) == {"flows.4095": [0]}
+
+
 def test_a_batch_that_is_too_long_for_a_message_becomes_several(server: Server, tmp_path: Path) -> None:
     rows = [{"n": number, "pad": bytes(100_000)} for number in range(30)]
     with sink_to(server, tmp_path) as sink:
