@@ -5,9 +5,9 @@
 
 Every connection is an aioquic client behind a NAT of its own, with one request that lasts: piece after piece is sent,
 and must come back. Meanwhile (1) every NAT changes the port that the server sees, (2) all workers are restarted, one
-after the other, (3) every NAT changes it again, (4) the last worker leaves. A connection is broken when it is closed,
-or when a piece has not come back in time. To balance by connection id takes root, or CAP_BPF. Exit code 1: a connection
-of web.py was broken, or nothing could be tried.
+after the other, (3) every NAT changes it again, (4) the last worker leaves; and new clients come and go. A connection
+is broken when it is closed, or when a piece has not come back in time. To balance by connection id takes root, or
+CAP_BPF. Exit code 1: a connection to web.py was broken or refused, or nothing could be tried.
 """
 
 from __future__ import annotations
@@ -21,18 +21,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from aioquic.asyncio.client import connect
-from aioquic.asyncio.protocol import QuicConnectionProtocol
-from aioquic.h3.connection import H3_ALPN, H3Connection
-from aioquic.h3.events import DataReceived
-from aioquic.quic.configuration import QuicConfiguration
-from aioquic.quic.events import ConnectionTerminated, QuicEvent
+from callers import HOST, Load
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -40,161 +34,22 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 HERE = Path(__file__).parent
-HOST = "127.0.0.1"
-PIECE = 200  # bytes
 
 
 @dataclass
 class Result:
-    """What came of it. pieces : that came back. broken : connections, by what had happened last."""
+    """What came of it.
+
+    pieces : that came back. broken : connections, by what had happened last. visits, refused : connections that were
+    made meanwhile, for a piece each, and those that could not be.
+    """
 
     servers: str
     connections: int
     pieces: int
     broken: dict[str, int]
-
-
-class Nat:
-    """Between one client and the server: the client keeps its port, the server sees another after `rebind`."""
-
-    def __init__(self, port: int) -> None:
-        self._server, self._client = (HOST, port), ("", 0)
-
-    async def open(self) -> int:
-        """The port for the client."""
-        self._inner, self._outer = await _socket(self._from_client), await self._outward()
-        name: tuple[str, int] = self._inner.get_extra_info("sockname")
-        return name[1]
-
-    async def rebind(self) -> None:
-        """Nothing where it was closed."""
-        if not self._inner.is_closing():
-            before, self._outer = self._outer, await self._outward()
-            before.close()
-            if self._inner.is_closing():  # meanwhile
-                self._outer.close()
-
-    async def _outward(self) -> asyncio.DatagramTransport:
-        return await _socket(lambda data, _: self._inner.sendto(data, self._client))
-
-    def _from_client(self, data: bytes, address: tuple[str, int]) -> None:
-        self._client = address
-        self._outer.sendto(data, self._server)
-
-    def close(self) -> None:
-        self._inner.close()
-        self._outer.close()
-
-
-class _Calling(asyncio.DatagramProtocol):
-    def __init__(self, received: Callable[[bytes, Any], None]) -> None:
-        self.datagram_received = received  # type: ignore[method-assign,assignment] # what it is for
-
-
-async def _socket(received: Callable[[bytes, Any], None]) -> asyncio.DatagramTransport:
-    loop = asyncio.get_running_loop()
-    transport, _ = await loop.create_datagram_endpoint(lambda: _Calling(received), local_addr=(HOST, 0))
-    return transport
-
-
-class Client(QuicConnectionProtocol):
-    """One connection with one request, whose pieces come back."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._http = H3Connection(self._quic)
-        self._expected, self._come = 0, asyncio.Event()
-
-    def begin(self) -> None:
-        self._stream = self._quic.get_next_available_stream_id()
-        self._http.send_headers(self._stream, [
-            (b":method", b"POST"), (b":scheme", b"https"), (b":authority", b"localhost"), (b":path", b"/"),
-        ])  # fmt: skip
-
-    async def echo(self, piece: bytes, seconds: float) -> None:
-        """Wait until it has come back. TimeoutError, ConnectionError."""
-        self._come.clear()
-        self._echoed = b""
-        self._expected = len(piece)
-        self._http.send_data(self._stream, piece, end_stream=False)
-        self.transmit()
-        async with asyncio.timeout(seconds):
-            await self._come.wait()
-        if self._echoed != piece:
-            raise ConnectionError("closed, or answered with something else")
-
-    def quic_event_received(self, event: QuicEvent) -> None:
-        if isinstance(event, ConnectionTerminated):
-            self._come.set()
-        for part in self._http.handle_event(event):
-            if isinstance(part, DataReceived):
-                self._echoed += part.data
-                if len(self._echoed) >= self._expected:
-                    self._come.set()
-
-
-class Load:
-    """So many connections, and what became of them."""
-
-    def __init__(self, certificate: Path, options: argparse.Namespace) -> None:
-        self._certificate, self._options = certificate, options
-        self._nats = [Nat(options.port) for _ in range(options.connections)]
-        self._came_back = [0] * options.connections
-        self._phase = "before anything"
-        self._going = True
-        self.broken: dict[str, int] = {}
-
-    async def run(self, servers: Supervised | Plain) -> None:
-        self._clients = [asyncio.create_task(self._client(number)) for number in range(len(self._nats))]
-        await self._all_go_on()
-        for phase, change in (
-            ("when ports changed", self._rebind),
-            ("in the rolling restart", servers.restart),
-            ("when ports changed again", self._rebind),
-            ("with a worker fewer", servers.fewer),
-        ):
-            await asyncio.sleep(self._options.seconds)
-            self._phase = phase
-            await change()
-            await self._all_go_on()
-        self._going = False
-        await asyncio.gather(*self._clients)
-
-    @property
-    def pieces(self) -> int:
-        return sum(self._came_back)
-
-    async def _all_go_on(self) -> None:
-        """Wait until two pieces more have come back on each connection, or it is broken."""
-        wanted = [count + 2 for count in self._came_back]
-        while any(
-            count < enough and not client.done()
-            for count, enough, client in zip(self._came_back, wanted, self._clients, strict=True)
-        ):
-            await asyncio.sleep(0.02)
-
-    async def _rebind(self) -> None:
-        await asyncio.gather(*(nat.rebind() for nat in self._nats))
-
-    async def _client(self, number: int) -> None:
-        trusting = QuicConfiguration(alpn_protocols=H3_ALPN, cafile=str(self._certificate), server_name="localhost")
-        nat = self._nats[number]
-        try:
-            async with connect(HOST, await nat.open(), configuration=trusting, create_protocol=Client) as client:
-                assert isinstance(client, Client)
-                await self._talk(client, number)
-        except (ConnectionError, TimeoutError):
-            self.broken[self._phase] = self.broken.get(self._phase, 0) + 1
-        finally:
-            nat.close()
-
-    async def _talk(self, client: Client, number: int) -> None:
-        client.begin()
-        while self._going:
-            piece = self._came_back[number].to_bytes(8) * (PIECE // 8)
-            await client.echo(piece, self._options.patience)
-            self._came_back[number] += 1
-            await asyncio.sleep(self._options.pause)
+    visits: int
+    refused: int
 
 
 class Process:
@@ -313,8 +168,8 @@ async def tried(kind: type[Supervised | Plain], options: argparse.Namespace) -> 
         finally:
             await servers.stop()
     return Result(
-        servers=kind.__name__.lower(), connections=options.connections, pieces=load.pieces, broken=load.broken
-    )
+        kind.__name__.lower(), options.connections, load.pieces, load.broken, load.visits, load.refused
+    )  # fmt: skip
 
 
 def _options(words: list[str]) -> argparse.Namespace:
@@ -325,11 +180,20 @@ def _options(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--pause", type=float, default=0.1, help="seconds between two pieces (default: 0.1)")
     parser.add_argument("--patience", type=float, default=5.0, help="seconds for a piece to come back (default: 5)")
     parser.add_argument("--port", type=int, default=4433, help="of the servers, on loopback (default: 4433)")
-    parser.add_argument("--json", action="store_true", help="print a JSON document")
+    parser.add_argument("--json", action="store_true", help="print a JSON object a line")
     found = parser.parse_args(words)
     if found.connections < 1 or found.workers < 2 or min(found.seconds, found.pause, found.patience) < 0:
         parser.error("give at least one connection and two workers, and no time below 0")
     return found
+
+
+def _said(result: Result) -> str:
+    broken = ", ".join(f"{count} {when}" for when, count in result.broken.items())
+    return (
+        f"{result.servers}: {sum(result.broken.values())} of {result.connections} connections broken"
+        f"{f' ({broken})' if broken else ''}, {result.pieces:,} pieces came back; meanwhile {result.visits} new "
+        f"connections, {result.refused} refused"
+    )
 
 
 def main(words: list[str]) -> int:
@@ -339,16 +203,9 @@ def main(words: list[str]) -> int:
     except RuntimeError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    if options.json:
-        print(json.dumps([asdict(result) for result in results]))
-    else:
-        for result in results:
-            broken = ", ".join(f"{count} {when}" for when, count in result.broken.items())
-            print(
-                f"{result.servers}: {sum(result.broken.values())} of {result.connections} connections broken"
-                f"{f' ({broken})' if broken else ''}, {result.pieces:,} pieces came back"
-            )
-    return 1 if results[0].broken else 0
+    for result in results:
+        print(json.dumps(asdict(result)) if options.json else _said(result))
+    return 1 if results[0].broken or results[0].refused else 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import re
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ import web
 from aioquic.asyncio.client import connect
 from aioquic.h3.connection import H3_ALPN, ErrorCode
 from aioquic.quic.configuration import QuicConfiguration
-from aioquic.quic.events import ConnectionTerminated
-from load import Client, Plain, Supervised, certified, tried
+from aioquic.quic.events import ConnectionTerminated, QuicEvent
+from callers import Client
+from load import Plain, Supervised, certified, tried
 from relay import LENGTH, Handed, Relay, destination, owner
 
 from tests.kernel.privileges import as_user
@@ -30,6 +31,7 @@ from tests.kernel.supervising import ADDRESS, PORT, Service, namespace
 from tests.programs import program
 
 EXAMPLE = Path(load.__file__).parent
+ALONE = 0.8  # seconds, in place of web.ALONE
 OPTIONS = argparse.Namespace(connections=12, workers=2, seconds=0.1, pause=0.05, patience=3.0, port=PORT)
 
 
@@ -39,21 +41,25 @@ def _loopback() -> Iterator[None]:
         yield
 
 
-def serving(folder: Path, **environment: str) -> Service:
+def serving(folder: Path, handler: str = "web:Server", **environment: str) -> Service:
     certified(folder)
-    told = {"PYTHONPATH": str(EXAMPLE), "QUIC_CERTIFICATE": str(folder / "certificate.pem"),
-            "QUIC_KEY": str(folder / "key.pem")}  # fmt: skip
-    return Service(folder, "web:Server", "-w", 2, "--policy", "quic[1]", environment=told | environment)
+    told = {
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLE), str(folder)]),
+        "QUIC_CERTIFICATE": str(folder / "certificate.pem"),
+        "QUIC_KEY": str(folder / "key.pem"),
+    }
+    return Service(folder, handler, "-w", 2, "--policy", "quic[1]", environment=told | environment)
 
 
 def test_connections_outlive_changes_of_port_a_rolling_restart_and_a_worker_fewer() -> None:
     result = asyncio.run(asyncio.wait_for(tried(Supervised, OPTIONS), 60))
-    assert result.broken == {}
+    assert (result.broken, result.refused) == ({}, 0)
+    assert result.visits > 5
     assert result.pieces >= 2 * 5 * OPTIONS.connections
 
 
 def test_on_plain_so_reuseport_both_break_connections() -> None:
-    options = argparse.Namespace(**vars(OPTIONS) | {"patience": 1.5})
+    options = argparse.Namespace(**vars(OPTIONS) | {"patience": 1.0})
     result = asyncio.run(asyncio.wait_for(tried(Plain, options), 60))
     assert sum(result.broken.values()) == OPTIONS.connections
     assert result.broken["when ports changed"] >= 1
@@ -87,31 +93,66 @@ def test_clients_of_ngtcp2_are_answered_at_the_address_that_they_have_changed_to
         assert service.stop() == 0
 
 
+class Told(Client):
+    """One that keeps how it ended."""
+
+    code: int | None = None
+
+    def quic_event_received(self, event: QuicEvent) -> None:
+        if isinstance(event, ConnectionTerminated):
+            self.code = event.error_code
+        super().quic_event_received(event)
+
+
+@contextlib.asynccontextmanager
+async def connected(folder: Path) -> AsyncIterator[Told]:
+    """A client whose first piece has come back."""
+    trusting = QuicConfiguration(
+        alpn_protocols=H3_ALPN, cafile=str(folder / "certificate.pem"), server_name="localhost"
+    )
+    async with connect(ADDRESS, PORT, configuration=trusting, create_protocol=Told) as client:
+        assert isinstance(client, Told)
+        client.begin()
+        await client.echo(b"piece", 10)
+        yield client
+
+
+async def restarted(service: Service, times: int = 1) -> None:
+    service.send(signal.SIGHUP)
+    await asyncio.to_thread(service.says, "all workers are new", times)
+
+
 def test_a_connection_that_does_not_end_in_time_is_closed_and_the_client_is_told(tmp_path: Path) -> None:
-    ended: list[ConnectionTerminated] = []
-
-    class Told(Client):
-        def quic_event_received(self, event: Any) -> None:
-            ended.extend([event] if isinstance(event, ConnectionTerminated) else [])
-            super().quic_event_received(event)
-
     async def check(service: Service) -> None:
-        trusting = QuicConfiguration(
-            alpn_protocols=H3_ALPN, cafile=str(tmp_path / "certificate.pem"), server_name="localhost"
-        )
-        async with connect(ADDRESS, PORT, configuration=trusting, create_protocol=Told) as client:
-            assert isinstance(client, Told)
-            client.begin()
-            await client.echo(b"piece", 10)
-            service.send(signal.SIGHUP)
+        async with connected(tmp_path) as client:
+            await restarted(service)
             await client.wait_closed()
-        await asyncio.to_thread(service.says, "all workers are new")
+            assert client.code == ErrorCode.H3_NO_ERROR
 
     with serving(tmp_path, QUIC_DRAIN="0.1") as service:
         service.begun(2)
         asyncio.run(asyncio.wait_for(check(service), 30))
         assert service.stop() == 0
-    assert [event.error_code for event in ended] == [ErrorCode.H3_NO_ERROR]
+
+
+def test_a_silent_connection_outlives_two_restarts_and_is_told_when_the_service_ends(tmp_path: Path) -> None:
+    async def check(service: Service) -> None:
+        async with connected(tmp_path) as client:
+            before = set(service.pids(2))
+            await restarted(service)
+            await restarted(service, 2)
+            await asyncio.sleep(1.5 * ALONE)  # silence, which is no sign that nobody reads
+            assert not before & set(service.pids(2))
+            await client.echo(b"another", 10)
+            service.send(signal.SIGTERM)
+            await client.wait_closed()
+            assert client.code == ErrorCode.H3_NO_ERROR
+
+    (tmp_path / "impatient.py").write_text(f"import web\nweb.ALONE, web.PROBE = {ALONE}, 0.05\nServer = web.Server\n")
+    with serving(tmp_path, "impatient:Server") as service:
+        service.begun(2)
+        asyncio.run(asyncio.wait_for(check(service), 30))
+        assert service.process.wait(20) == 0
 
 
 @pytest.mark.parametrize(
