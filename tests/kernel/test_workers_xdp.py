@@ -24,6 +24,7 @@ from fastrecv.redirect import Redirect
 from fastrecv.workers.requests import Status, ask
 from fastrecv.workers.status import Service as Standing
 from tests.kernel.cable import NEAR, PORT, Cable, laid
+from tests.kernel.commands import one_line
 from tests.kernel.supervising import POWERLESS, Service, app, app_for_all, until
 from tests.kernel.test_workers_cli import refused
 
@@ -231,7 +232,10 @@ def test_the_next_supervisor_inherits_the_program_and_the_number_of_workers_stay
             service.says("all workers are new")
         handled(service, senders.sent * SENDERS)
         assert run(["workers", "status"]) == 0
-        said = capsys.readouterr().out
+        assert run(["workers", "scale", "1"]) == 1
+        assert run(["workers", "scale", "2"]) == 0
+        said, error = capsys.readouterr()
+        assert one_line(error).startswith("with AF_XDP the number of workers stays: stop the service")
         assert "AF_XDP on near0, in copy mode; 0 datagrams wait in rings, or were lost in them" in said
         assert service.stop() == 0
     assert in_order(service) == {(one, n): 1 for one in range(SENDERS) for n in range(senders.sent)}
