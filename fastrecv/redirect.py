@@ -4,6 +4,11 @@ It is attached by a BPF link, which the kernel removes with its last descriptor:
 too, the interface is without it. Between the two it takes only what it was asked for, and only where a socket receives
 from the queue; everything else goes on to the stack. No other program is ever displaced: where one is attached, so is
 not this.
+
+libxdp's dispatcher would let several programs share an interface, each put into it as an extension
+(BPF_PROG_TYPE_EXT). It is not used: its parts are pinned and outlive whoever attached them, so that a killed process
+would leave a program behind; and there are kernels that load no extensions (one 6.18 answers EPERM to root, as it does
+for fentry, when libxdp 1.3 falls back to a single program and refuses the second with EBUSY).
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ CAPACITIES = {2048: 1792, 4096: 3840}
 """Bytes that a frame of these sizes holds, XDP_PACKET_HEADROOM less: include/uapi/linux/bpf.h."""
 _ETHERNET = 18  # bytes of its header, with a tag
 _HASH_ROOM = 1024  # addresses, at the least
+_DISPATCHER = "xdp_dispatcher"  # libxdp's, by which several programs share an interface
 _MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, 2.5.5.2
 
 _OUTCOMES = (
@@ -116,8 +122,10 @@ class Redirect(Closing):
             return self._object.programs["redirect"].attach_xdp(self.interface.index, _FLAGS[mode])
         except BpfError as error:
             if error.errno in (EBUSY, EEXIST):
+                other, cure = self._other()
                 raise XdpError(
-                    EBUSY, f"interface {name} has an XDP program already, {self._other()}: it stays; detach it first"
+                    EBUSY,
+                    f"interface {name} has an XDP program already, {other}, and it stays: {cure}, or take a socket",
                 ) from error
             why = {
                 EOPNOTSUPP: "its driver has no native XDP: mode='generic' works with any",
@@ -127,13 +135,17 @@ class Redirect(Closing):
             }.get(error.errno or 0, str(error))
             raise XdpError(error.errno, f"attaching to interface {name} in {mode} mode: {why}") from error
 
-    def _other(self) -> str:
-        """The program that is attached, by name where that may be read (CAP_SYS_ADMIN)."""
-        number = Interface.named(self.interface.name).program
+    def _other(self) -> tuple[str, str]:
+        """The program that is attached, by name where that may be read (CAP_SYS_ADMIN); and how to be rid of it."""
+        name, number = self.interface.name, Interface.named(self.interface.name).program
         with contextlib.suppress(BpfError):
             if found := program_info(number):
-                return f"{found.name} (id {number})"
-        return f"id {number}"
+                dispatcher = found.name == _DISPATCHER
+                return f"{found.name} (id {number})", (
+                    f"unload what libxdp has put there (xdp-loader unload {name} --all)" if dispatcher
+                    else f"end who has attached it, or ip link set dev {name} xdp off"
+                )  # fmt: skip
+        return f"id {number}", f"see bpftool net, then ip link set dev {name} xdp off"
 
     def copies(self) -> dict[str, int]:
         """Descriptors for who goes on when this is closed: the link, the map of sockets, the map of outcomes.

@@ -83,7 +83,11 @@ class XdpReceiver(Receiving[Reader]):
     checksums : "verify" drops and counts datagrams whose UDP checksum is wrong; "trust" looks at none, for cards that
         do; "partial" accepts also what a sender on this host has left to its card to finish, and no veth finishes
         (CHECKSUM_PARTIAL, include/linux/skbuff.h). "partial" on a veth, else "verify".
-    timestamps : when a datagram was taken from the ring, ns since the epoch. tos : type of service or traffic class.
+    timestamps : when a datagram was taken from the ring, ns since the epoch. What a driver knows of its arrival
+        (bpf_xdp_metadata_rx_timestamp, Linux 6.3) is not asked for: it is told in the card's own clock, which is
+        nobody's epoch, binds the program to native mode and one device (BPF_F_XDP_DEV_BOUND_ONLY), and few drivers have
+        it; a veth hands on what the sender's skb had, mostly 0 (drivers/net/veth.c).
+    tos : type of service or traffic class.
     need_wakeup : the driver sleeps until it is called (XDP_USE_NEED_WAKEUP). True.
     busy_poll, prefer_busy_poll, busy_poll_budget : fastrecv.sockets.busy_poll; each receive drives the card. The last
         two need Linux 5.11.

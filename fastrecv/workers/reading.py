@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import resource
-import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -22,6 +19,7 @@ from fastrecv.workers.counters import Counters, Row
 from fastrecv.workers.handlers import Handler, HandlerError, called, in_one_line
 from fastrecv.workers.logs import Limited
 from fastrecv.workers.orders import Orders
+from fastrecv.workers.serving import Watch
 from fastrecv.workers.settings import Task
 from fastrecv.workers.snapshots import Snapshots
 
@@ -89,7 +87,7 @@ class Reading:
                     with self._source(receiver) as source:
                         self._read(source)
                 elif self._handler.serve is not None:
-                    with _Watch(self._row, self._orders, self._idle):
+                    with Watch(self._row, self._orders, self._idle):
                         self._handler.serve([self._sock])
                     self._serve_ended()
                 if not self._handler.stateful:
@@ -113,7 +111,7 @@ class Reading:
                     with self._source(receiver) as source:
                         await self._read_async(source)
                 else:
-                    with _Watch(self._row, self._orders, self._idle):
+                    with Watch(self._row, self._orders, self._idle):
                         await called(self._handler.serve, [self._sock])
                     self._serve_ended()
                 if not self._handler.stateful:
@@ -282,31 +280,3 @@ class Reading:
             for fd in watched:
                 loop.remove_reader(fd)
         self._orders.look()
-
-
-class _Watch:
-    """While the service's own loop runs: a thread that gives signs of life, and makes the order to stop a SIGTERM."""
-
-    def __init__(self, row: Row, orders: Orders, idle: float) -> None:
-        self._row, self._orders, self._idle = row, orders, idle
-        self._ended = threading.Event()
-        self._woken, self._wake = os.pipe()
-        self._thread = threading.Thread(target=self._watch, name="fastrecv-orders", daemon=True)
-
-    def _watch(self) -> None:
-        while not (self._orders.stop or self._orders.drain):
-            self._row.beat(time.monotonic_ns())
-            self._orders.idle(self._idle, self._woken)
-            if self._ended.is_set():
-                return
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def __enter__(self) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the loop may have an answer of its own
-        self._thread.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self._ended.set()
-        os.close(self._wake)
-        self._thread.join()
-        os.close(self._woken)

@@ -305,9 +305,9 @@ class Supervisor:
 
     def scale(self, workers: int) -> None:
         """So many workers, within what can be."""
-        if self._taking is None:
+        if self._taking is None or workers == self._fleet.wanted:
             self._fleet.scale(workers)
-        elif workers != self._fleet.wanted:
+        else:
             self._fleet.failure = "with AF_XDP the number of workers stays: stop the service, start it with another one"
             self._log.error("%s", self._fleet.failure)
 

@@ -16,8 +16,9 @@ datagrams of a queue whose worker is not there. Those find the socket of that wo
 "queue"; so a restart loses nothing, and a sender stays with his worker.
 
 But memory and rings are a process's own. What the rings of a worker hold when it is killed is lost with it, 2048
-datagrams a queue at most, when nothing of a socket's queue is. Nobody sees it, but the program has counted what it has
-taken, and workers what they have read; the difference, at the end of the service, is what was lost.
+datagrams a queue at most, when nothing of a socket's queue is. Nobody can look into them afterwards; but the program
+counts what it takes, and workers what they read, or see dropped, so the difference is what was lost, with what found no
+room in the rings of a worker that hung before it was killed.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from fastrecv.redirect import Redirect
 from fastrecv.workers.requests import Status, ask
 from fastrecv.workers.status import Service as Standing
 from tests.kernel.cable import NEAR, PORT, Cable, laid
+from tests.kernel.commands import one_line
 from tests.kernel.supervising import POWERLESS, Service, app, app_for_all, until
 from tests.kernel.test_workers_cli import refused
 
@@ -166,6 +167,37 @@ def test_a_kill_costs_what_was_in_the_rings_and_what_comes_later_arrives(wide: C
     assert f"{before.in_rings} datagrams are lost that were in rings of workers that died" in service.log
 
 
+@pytest.mark.proof
+def test_kills_and_restarts_under_load_account_for_every_datagram(wide: Cable, tmp_path: Path) -> None:
+    kills = 40
+    with recorded(tmp_path) as service:
+        begun = 2
+        with Senders(wide) as senders:
+            for turn in range(kills):
+                senders.go_on(100)
+                os.kill(service.pids(2)[turn % 2], signal.SIGKILL)
+                begun += 1
+                service.begun(begun)
+                service.send(signal.SIGHUP)
+                service.says("all workers are new", turn + 1)
+                begun += 2
+            senders.go_on(100)
+        sent = senders.sent * SENDERS
+
+        def missing() -> int:
+            state = standing(service)
+            total = state.total
+            return sent - total.handled - total.killed - total.kernel_drops - state.in_rings
+
+        until(lambda: missing() == 0, lambda: f"{missing()}\n{service.log}")
+        state = standing(service)
+        assert state.total.deaths == kills
+        assert service.stop() == 0
+    found = in_order(service)
+    assert set(found.values()) == {1}
+    assert len(found) == state.total.handled
+
+
 @pytest.mark.parametrize("end", ["SIGTERM", "SIGQUIT", "SIGKILL"])
 def test_the_interface_is_without_a_program_afterwards(wide: Cable, tmp_path: Path, end: str) -> None:
     app_for_all(tmp_path)
@@ -200,7 +232,10 @@ def test_the_next_supervisor_inherits_the_program_and_the_number_of_workers_stay
             service.says("all workers are new")
         handled(service, senders.sent * SENDERS)
         assert run(["workers", "status"]) == 0
-        said = capsys.readouterr().out
+        assert run(["workers", "scale", "1"]) == 1
+        assert run(["workers", "scale", "2"]) == 0
+        said, error = capsys.readouterr()
+        assert one_line(error).startswith("with AF_XDP the number of workers stays: stop the service")
         assert "AF_XDP on near0, in copy mode; 0 datagrams wait in rings, or were lost in them" in said
         assert service.stop() == 0
     assert in_order(service) == {(one, n): 1 for one in range(SENDERS) for n in range(senders.sent)}

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from fastrecv.bpf import packaged
+from fastrecv.bpf import Object, packaged
 from fastrecv.errors import XdpError
 from fastrecv.interfaces import Interface
 from fastrecv.redirect import Redirect
 from fastrecv.xdp import XdpReceiver
 from fastrecv.xdp_options import XdpOptions
 from tests.kernel.cable import PORT, VLAN, VLAN_FAR, VLAN_NEAR, Cable, laid, payloads
+from tests.kernel.steering import Compile
 
 pytestmark = pytest.mark.needs("AF_XDP in copy mode")
 
@@ -44,6 +45,28 @@ def test_a_foreign_program_stays_and_is_named(cable: Cable) -> None:
             swallow.load().programs["swallow"].attach_xdp(cable.index)
         cable.put(cable.datagram(b"still there"))
         assert payloads(receiver, 1) == [b"still there"]
+
+
+DISPATCHER = """
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+SEC("xdp")
+int xdp_dispatcher(struct xdp_md *ctx)
+{
+	return XDP_PASS;
+}
+char LICENSE[] SEC("license") = "GPL";
+"""
+
+
+def test_a_dispatcher_of_libxdp_stays_and_it_is_said_how_to_unload_it(cable: Cable, compile_bpf: Compile) -> None:
+    with Object(compile_bpf("dispatcher", DISPATCHER), "dispatcher") as dispatcher:
+        program = dispatcher.load().programs["xdp_dispatcher"]
+        with program.attach_xdp(cable.index) as link:
+            with pytest.raises(XdpError, match=r"xdp_dispatcher \(id \d+\), and it stays: .*unload near0 --all"):
+                XdpReceiver("near0", PORT)
+            assert link.info.ifindex == cable.index
+            assert Interface.named("near0").program == link.info.program_id
 
 
 @pytest.mark.parametrize("mode", ["copy", "generic"])
