@@ -15,8 +15,8 @@ import click
 from click.core import ParameterSource
 from pyroute2.netlink.exceptions import NetlinkError
 
-from fastrecv.bench import compare as comparing
 from fastrecv.bench import (
+    collect_cli,
     measuring,
     receive_cli,
     receive_results,
@@ -28,6 +28,7 @@ from fastrecv.bench import (
     workers_cli,
     xdp_cli,
 )
+from fastrecv.bench import compare as comparing
 from fastrecv.bench.arguments import writable_file
 from fastrecv.bench.floods import FLOODS
 from fastrecv.bench.lab import BenchBusyError
@@ -203,6 +204,7 @@ def show(file: Path, report: Path | None, plot: Path | None) -> None:
 
 
 bench.add_command(receive_cli.command)
+bench.add_command(collect_cli.command)
 bench.add_command(resize.command)
 bench.add_command(steer_cli.command)
 bench.add_command(survive_cli.command)
