@@ -42,7 +42,7 @@ from fastrecv.bench.survive_service import ADDRESS, PORT, namespace, until
 from fastrecv.errors import SocketRefusedError
 from fastrecv.privileges import ALONE
 
-__all__ = ["Plan", "Result", "Row", "run"]
+__all__ = ["Plan", "Result", "Row", "document", "drained", "run", "send"]
 
 _ROOM_EACH = 4096  # bytes of buffer for a datagram: a page, and what the kernel charges beside
 _WARM = 0.05  # of the datagrams, sent before
@@ -172,12 +172,12 @@ def drained(
         copies = stack.enter_context(program.sockets())
         for copy in copies:
             sockets.grow_receive_buffer(copy, _ROOM_EACH * sum(map(len, export.datagrams)))
-        _send([[one] for one in warm.templates] or [[] for _ in range(EXPORTERS)])
-        _send(warm.datagrams)
+        send([[one] for one in warm.templates] or [[] for _ in range(EXPORTERS)])
+        send(warm.datagrams)
         program.settle(copies)
         program.signal(signal.SIGSTOP)
         before = program.cpu_ns()
-        _send(export.datagrams)
+        send(export.datagrams)
         lost = sum(sockets.drops(copy) for copy in copies)
         if begin is not None:
             begin(program.pids())
@@ -273,7 +273,7 @@ class _Program:
         self._log.close()
 
 
-def _send(datagrams: list[list[bytes]]) -> None:
+def send(datagrams: list[list[bytes]]) -> None:
     """Send what each exporter has to send, from an address of its own; by turns."""
     with contextlib.ExitStack() as stack:
         senders = [stack.enter_context(Receiver.bind((f"127.1.0.{1 + one}", 0))) for one in range(len(datagrams))]

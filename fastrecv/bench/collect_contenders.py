@@ -120,7 +120,7 @@ def _of_nfdump(folder: Path) -> Found:
 def _nfacctd(folder: Path, port: int) -> list[str]:
     (folder / "conf").write_text(
         f"nfacctd_ip: {_ADDRESS}\nnfacctd_port: {port}\nplugins: memory\nimt_path: {folder}/pipe\n"
-        "aggregate: peer_src_ip, src_host, dst_port\nimt_mem_pools_number: 0\nimt_buckets: 65537\n"
+        "aggregate: peer_src_ip, src_host, dst_port\nimt_mem_pools_number: 1024\nimt_mem_pools_size: 1048576\nimt_buckets: 65537\n"
         f"plugin_pipe_size: 536870912\nplugin_buffer_size: 4194304\nlogfile: {folder}/nfacctd.log\n"
     )
     return ["nfacctd", "-f", str(folder / "conf")]
