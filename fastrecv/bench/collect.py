@@ -191,7 +191,8 @@ def drained(
     if lost:
         return took, f"its socket had no room for {lost:,} datagrams"
     got = (sent[0] if found.flows is None else found.flows, found.packets, found.octets)
-    return took, "" if got == sent else f"{got} flows, packets and octets of {sent}"
+    whole = all(contender.least * one <= other <= one for one, other in zip(sent, got, strict=True))
+    return took, "" if whole else f"{got} flows, packets and octets of {sent}"
 
 
 class _Program:
@@ -245,6 +246,8 @@ class _Program:
 
         def idle() -> bool:
             nonlocal mark, since
+            if self._process.poll() is not None:
+                raise RuntimeError(f"a collector has ended: {(self._folder / 'log').read_text()[-2000:]}")
             now = self.cpu_ns()
             if now - mark > _IDLE or any(sockets.memory(copy).queued for copy in copies):
                 mark, since = now, time.monotonic()
