@@ -164,7 +164,7 @@ def drained(
 ) -> tuple[int, str]:
     """CPU time in ns that a fresh collector takes for what fills its socket; what is wrong with its account, or "".
 
-    begin : called with its processes just before it goes on.
+    begin : called with its processes just before it goes on, and with none when it has done.
     """
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
@@ -183,6 +183,8 @@ def drained(
             begin(program.pids())
         program.signal(signal.SIGCONT)
         took = program.settle(copies) - before
+        if begin is not None:
+            begin([])
         copies.clear()
         if contender.ended:
             program.end()
@@ -292,13 +294,16 @@ def _profiling(profiles: dict[str, str], title: str) -> Iterator[Callable[[list[
         running: list[subprocess.Popen[bytes]] = []
 
         def begin(pids: list[int]) -> None:
+            if not pids:
+                running[-1].send_signal(signal.SIGINT)
+                return
             words = ["perf", "record", "-q", "-g", "-o", f"{folder}/data", "-p", ",".join(map(str, pids))]
             running.append(subprocess.Popen(words, stderr=subprocess.DEVNULL))  # noqa: S603 - our own arguments
             time.sleep(0.5)  # until it samples
 
         yield begin
         for process in running:
-            process.wait(30)  # with those whom it looks at
+            process.wait(30)
         said = subprocess.run(  # noqa: S603 - our own arguments
             ["perf", "report", "-i", f"{folder}/data", "--stdio", "-q", "--no-children", "-g", "none",  # noqa: S607
              "--percent-limit", "2", "-F", "overhead,dso,symbol"], capture_output=True, text=True, check=False,
