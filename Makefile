@@ -1,4 +1,4 @@
-# make setup | bench | compare | test | proof | lint | sanitize | wheel: each does whatever of the set-up is missing first.
+# make setup | bench | compare | test | proof | lint | sanitize | fuzz | wheel: each does what of the set-up is missing first.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ DAEMONS_NEED := libjansson4 libmariadb3 libmaxminddb0 libnetfilter-log1 libpcap0
 SOURCES := $(wildcard fastrecv/_*/*.pyx fastrecv/_*/*.pxd bpf/*.c bpf/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: bench compare test proof lint setup packages wheel microbench sanitize
+.PHONY: bench compare test proof lint setup packages wheel microbench sanitize fuzz
 
 bench: setup
 	$(BIN)/python -m fastrecv.bench --flood udp
@@ -48,7 +48,15 @@ sanitize: setup
 		$(BIN)/pytest -s --import-mode=importlib -p no:cacheprovider tests/kernel/test_bpf.py tests/kernel/test_bpf_sharing.py \
 		tests/kernel/test_rings.py tests/kernel/test_groups.py tests/unit/test_receiver.py tests/unit/test_batch.py \
 		tests/unit/test_arrow.py tests/unit/test_replies.py tests/unit/test_sockets.py tests/unit/test_ownership.py \
-		tests/kernel/test_xdp.py tests/kernel/test_xdp_answers.py tests/kernel/test_xdp_frames.py
+		tests/kernel/test_xdp.py tests/kernel/test_xdp_answers.py tests/kernel/test_xdp_frames.py \
+		tests/unit/test_flow_decoder.py tests/unit/test_flow_fuzz.py
+
+# The flow decoder under atheris, for FUZZ seconds; what was found interesting stays in build/fuzz.
+FUZZ := 300
+fuzz: setup
+	$(BIN)/python -m pip install -q --group fuzz
+	mkdir -p build/fuzz
+	$(BIN)/python -m tests.fuzz.flow -max_total_time=$(FUZZ) -max_len=4096 build/fuzz
 
 # Real daemons for the tests, unpacked only: installed they would be started.
 $(VENV)/unpacked/%: | packages

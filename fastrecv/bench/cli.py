@@ -15,8 +15,8 @@ import click
 from click.core import ParameterSource
 from pyroute2.netlink.exceptions import NetlinkError
 
-from fastrecv.bench import compare as comparing
 from fastrecv.bench import (
+    collect_cli,
     measuring,
     outage_cli,
     receive_cli,
@@ -29,6 +29,7 @@ from fastrecv.bench import (
     workers_cli,
     xdp_cli,
 )
+from fastrecv.bench import compare as comparing
 from fastrecv.bench.arguments import writable_file
 from fastrecv.bench.floods import FLOODS
 from fastrecv.bench.lab import BenchBusyError
@@ -206,6 +207,7 @@ def show(file: Path, report: Path | None, plot: Path | None) -> None:
 
 bench.add_command(outage_cli.command)
 bench.add_command(receive_cli.command)
+bench.add_command(collect_cli.command)
 bench.add_command(resize.command)
 bench.add_command(steer_cli.command)
 bench.add_command(survive_cli.command)

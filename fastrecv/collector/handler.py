@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
 from collections.abc import Iterable
 
@@ -58,6 +59,7 @@ class Collector:
         self._flows.open()
         if self._exporters is not None:
             self._exporters.open()
+        gc.freeze()  # what was imported is no garbage, and would be looked through again and again
         self._ticking = asyncio.create_task(self._tick())
 
     def handle(self, batch: Batch) -> None:

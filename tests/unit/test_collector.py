@@ -1,0 +1,244 @@
+"""The collector's handler without a supervisor: what it keeps, what it sums up, and what it does when a sink fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from fastrecv.cli.main import run
+from fastrecv.collector import aggregate as aggregating
+from fastrecv.collector import handler as handling
+from fastrecv.collector import outlet, union
+from fastrecv.collector.aggregate import Aggregation
+from fastrecv.collector.decoder import Decoder
+from fastrecv.collector.handler import Collector
+from fastrecv.collector.outlet import Outlet
+from fastrecv.collector.settings import VARIABLE, CollectorSettings
+from fastrecv.collector.union import Union
+from fastrecv.workers.handlers import HandlerError, load
+from tests.unit.flow_datagrams import IPFIX, NETFLOW9, OCTETS, Taken, a_set, batch, sent, template, templates
+
+DATAGRAM = sent(NETFLOW9, 1, templates(NETFLOW9, template(256, [(OCTETS, 4)])), a_set(256, (1500).to_bytes(4)))
+NEXT = sent(NETFLOW9, 2, a_set(256, (40).to_bytes(4)))
+AFTER = sent(NETFLOW9, 4, a_set(256, (50).to_bytes(4)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(VARIABLE, "")  # put back at the end
+    CollectorSettings(
+        sink=f"jsonl:{tmp_path}/flows", exporters=f"jsonl:{tmp_path}/exporters", window=3600, flush=0.01
+    ).give()
+    return tmp_path
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+async def life(*datagrams: bytes, kept: bytes | None = None, killed: bool = False) -> bytes:
+    """A collector that takes these, a batch each, and stops, or is killed when they are written; its last state."""
+    one = Collector()
+    await one.start()
+    if kept is not None:
+        one.restore(kept)
+    for datagram in datagrams:
+        one.handle(batch(datagram))
+        kept = one.snapshot() or kept
+        assert one.snapshot() is None
+    if killed:
+        while one._decoder.pending:
+            await asyncio.sleep(0.01)
+        one._ticking.cancel()
+        one._flows.close(1)
+        assert one._exporters is not None
+        one._exporters.close(1)
+    else:
+        await one.stop()
+        kept = one.snapshot()
+    assert kept is not None
+    return kept
+
+
+def test_templates_counts_and_sequences_go_to_the_next(folder: Path) -> None:
+    kept = asyncio.run(life(DATAGRAM, killed=True))
+    kept = asyncio.run(life(NEXT, kept=kept))
+    asyncio.run(life(AFTER, kept=kept))
+    assert [row["octetDeltaCount"] for row in lines(folder / "flows")] == [1500, 40, 50]
+    counted = [(row["datagrams"], row["flows"], row["octets"], row["lost"]) for row in lines(folder / "exporters")]
+    assert counted == [(2, 2, 1540, 0), (1, 1, 50, 1)]
+
+
+def test_a_state_that_is_older_than_the_last_batch_makes_no_losses_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handling, "_EVERY_BATCH", 0)
+    kept = asyncio.run(life(DATAGRAM, killed=True))
+    asyncio.run(life(AFTER, kept=kept))
+    (row,) = lines(folder / "exporters")
+    assert (row["datagrams"], row["flows"], row["lost"]) == (2, 2, 0)
+
+
+def test_a_window_ends_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    CollectorSettings(
+        sink=f"jsonl:{folder}/flows", exporters=f"jsonl:{folder}/exporters", window=0.1, flush=0.01,
+        aggregate=("exporterAddress",),
+    ).give()  # fmt: skip
+
+    async def live() -> None:
+        one = Collector()
+        await one.start()
+        one.handle(batch(DATAGRAM, NEXT))
+        while not lines(folder / "exporters"):
+            await asyncio.sleep(0.01)
+        assert [row["octetDeltaCount"] for row in lines(folder / "flows")] == [1540]
+        await one.stop()
+
+    asyncio.run(live())
+    assert len(lines(folder / "exporters")) == 1, "a window in which nothing came has no row"
+
+
+def test_a_sink_that_fails_costs_rows_that_are_counted_and_is_opened_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outlet, "_AGAIN", 0.0)
+    (tmp_path / "flows").symlink_to("/dev/full")
+    one = Outlet(f"jsonl:{tmp_path}/flows")
+    one.open()
+    record = pa.record_batch({"x": [1, 2]})
+    one.publish(record)
+    assert (one.taken, one.lost) == (0, 2)
+    (tmp_path / "flows").unlink()
+    one.publish(record)
+    one.close(1)
+    assert (one.taken, one.lost) == (2, 2)
+    assert lines(tmp_path / "flows") == [{"x": 1}, {"x": 2}]
+    assert "flows has failed, and is opened again in 0 s: [Errno 28] No space left on device" in caplog.messages[0]
+    (tmp_path / "flows").unlink()
+    (tmp_path / "flows").mkdir()
+    with pytest.raises(IsADirectoryError):
+        Outlet(f"jsonl:{tmp_path}/flows").open()
+
+
+def test_a_sink_without_room_costs_rows_that_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    one = Outlet(f"jsonl:{tmp_path}/pipe?patience=0")
+    one.open()
+    record = pa.record_batch({"x": ["y" * 1000] * 6000})
+    for _ in range(3):
+        one.publish(record)
+    assert (one.taken, one.lost) == (6000, 12000)
+    assert "6000 rows are lost: " in caplog.messages[0]
+    os.close(reader)
+    with pytest.raises(BrokenPipeError):
+        one._sink.flush(0)  # type: ignore[union-attr]
+    one.close(0)
+
+
+def test_rows_of_many_templates_have_one_schema_and_made_up_names_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(union, "MOST_UNNAMED", 2)
+    found, one = Taken(), Union()
+    records = []
+    for number, fields in enumerate(
+        [[(8, 4)], [(27, 16)], [(9001, 1), (9002, 1), (9003, 1)], [(8, 4), (4, 8)], [(4, 1)]]
+    ):
+        data = bytes(sum(length for _, length in fields))
+        datagram = sent(IPFIX, number, templates(IPFIX, template(256, fields)), a_set(256, data))
+        list(found.decoder.take(batch(datagram)))
+        records += [one.fit(found.decoder.finish(raw)) for raw in found.decoder.flush()]
+    assert one.schema.names[4:] == ["sourceIPv4Address", "sourceIPv6Address", "ie9001", "ie9002", "protocolIdentifier"]
+    assert one.left_out == 1
+    assert records[-1].schema == records[-2].schema == one.schema
+    assert records[-1].schema.field("protocolIdentifier").type == pa.uint64()
+    rows = [row for record in records for row in record.to_pylist()]
+    assert [row.get("sourceIPv4Address") for row in rows] == ["0.0.0.0", None, None, "0.0.0.0", None]  # noqa: S104
+    assert [row.get("protocolIdentifier") for row in rows] == [None, None, None, 0, 0]
+
+
+def summed(keys: list[str], *datagrams: bytes) -> list[dict[str, Any]]:
+    decoder, one = Decoder(), Aggregation(keys, 60.0)
+    list(decoder.take(batch(*datagrams), 1000.0))
+    for raw in decoder.flush():
+        assert not list(one.add(raw))
+    rows = [row for raw in one.close() for row in decoder.finish(raw).to_pylist()]
+    assert not list(one.close())
+    return rows
+
+
+def test_flows_with_the_same_keys_are_one_row_and_a_key_that_they_lack_is_null() -> None:
+    four = templates(IPFIX, template(256, [(8, 4), (1, 4), (2, 4)]), template(257, [(27, 16), (1, 8)]))
+    told = a_set(256, *(bytes([10, 0, 0, host, 0, 0, 0, 9, 0, 0, 0, 2]) for host in (1, 2, 1)))
+    rows = summed(["sourceIPv4Address", "sourceIPv6Address"], sent(IPFIX, 0, four, told, a_set(257, bytes(24))))
+    found = {
+        (row["sourceIPv4Address"], row["sourceIPv6Address"]): (
+            row["deltaFlowCount"], row["octetDeltaCount"], row["packetDeltaCount"])
+        for row in rows
+    }  # fmt: skip
+    assert found == {("10.0.0.1", None): (2, 18, 4), ("10.0.0.2", None): (1, 9, 2), (None, "::"): (1, 0, None)}
+    assert [(row["flowStartMilliseconds"].timestamp(), row["flowEndMilliseconds"].timestamp()) for row in rows] == [
+        (960, 1020)] * 3  # fmt: skip
+
+
+def test_a_window_with_too_many_rows_gives_them_away_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregating, "MOST_GROUPS", 100)
+    monkeypatch.setattr(aggregating, "_MERGE", 10)
+    decoder, one = Decoder(), Aggregation(["sourceIPv4Address"], 60.0)
+    plain, early = templates(IPFIX, template(256, [(8, 4)])), []
+    for number in range(10):
+        told = a_set(256, *((1000 * number + host).to_bytes(4) for host in range(50)))
+        list(decoder.take(batch(sent(IPFIX, 0, plain, told)), 1000.0))
+        early += [len(rows) for raw in decoder.flush() for rows in one.add(raw)]
+    late = [len(rows) for rows in one.close()]
+    assert early
+    assert max(early) <= 200
+    assert sum(early) + sum(late) == 500
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "Missing option '--sink'"),
+        (("--sink", "parqet:/x"), "'parqet:/x' is no sink, did you mean 'parquet'?"),
+        (("--sink", "jsonl:-", "--exporters", "x"), "'--exporters': 'x' is no sink"),
+        (("--sink", "jsonl:-", "--aggregate", "sourceIPv4Adress"), "did you mean 'sourceIPv4Address'?"),
+        (("--sink", "jsonl:-", "--aggregate", "octetDeltaCount"), "'octetDeltaCount' is no key"),
+        (("--sink", "jsonl:-", "--aggregate", "protocolIdentifier,protocolIdentifier"), "a key is named twice"),
+        (("--sink", "jsonl:-", "--window", "0"), "'--window'"),
+        (("--sink", "jsonl:-", "--flush", "nan"), "'--flush'"),
+        (("--sink", "jsonl:-", "-b", "tcp:127.0.0.1:2055"), "flows come over UDP: leave tcp: out"),
+    ],
+)
+def test_what_makes_no_sense_is_said_in_one_line(
+    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "")
+    assert run(["collect", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "FASTRECV_COLLECTOR is not set: start the collector with `fastrecv collect`"),
+        ("{}", "FASTRECV_COLLECTOR: Object missing required field `sink`"),
+        ('{"sink": "jsonl:-", "window": 0}', "window is 0.0: give seconds, more than 0, at most 86400"),
+        ('{"sink": "nothing"}', "'nothing' is no sink"),
+    ],
+)
+def test_a_handler_without_settings_says_so(text: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    if text is not None:
+        monkeypatch.setenv(VARIABLE, text)
+    with pytest.raises(HandlerError, match="cannot be made: ValueError: ") as caught:
+        load("fastrecv.collector.handler:Collector")
+    assert message in str(caught.value)
