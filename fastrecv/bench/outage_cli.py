@@ -39,7 +39,7 @@ def described(found: Run) -> str:
 @click.command("outage")
 @click.option("--away", type=click.FloatRange(0.5, 3600), callback=finite, default=30.0, show_default=True,
               help="Seconds for which the engine is away.")  # fmt: skip
-@click.option("--rate", type=click.IntRange(100, 1_000_000), default=20_000, show_default=True,
+@click.option("--rate", type=click.IntRange(100, 1_000_000), default=100_000, show_default=True,
               help="Datagrams a second.")  # fmt: skip
 @click.option("--senders", type=click.IntRange(100, MAX_SENDERS), default=1000, show_default=True)
 @click.option("--workers", type=click.IntRange(1, MAX_WORKERS), default=1, show_default=True)

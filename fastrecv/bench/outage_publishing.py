@@ -21,7 +21,7 @@ HANDLER = f"{__name__}:Publisher"
 STATISTICS = ".statistics"
 SEED = 1
 _EVERY = 0.05  # seconds
-_LINGER = 0.01  # seconds that the queue has for filling: long batches make few messages
+_LINGER, _LONG = 0.01, 512  # seconds that the queue has for filling where a batch is not long: few messages cost less
 _CLOSING = 20.0  # seconds
 
 
@@ -39,7 +39,8 @@ class Publisher:
     def handle(self, batch: Any) -> None:
         for shard, part in self._shards.split(batch):
             self._sink.publish(part, shard)
-        time.sleep(_LINGER)
+        if len(batch) < _LONG:
+            time.sleep(_LINGER)
 
     def stop(self) -> None:
         try:

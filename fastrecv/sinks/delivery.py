@@ -194,7 +194,7 @@ class Delivery:
             return
         said = _said(answer)
         if error := said.get("error"):
-            self._failed(RuntimeError(error.get("description", error)))
+            self._failed(RuntimeError(f"{self._prefix}.{shard}: {error.get('description', error)}"))
             self._loop.call_later(self._longer(), self._send_again, shard, self._connections)
             return
         lane = self._lanes[shard]
@@ -237,7 +237,7 @@ class Delivery:
 def _said(answer: Msg) -> dict[str, Any]:
     """What JetStream has answered; nobody answers where no stream takes the subject, or JetStream is not ready."""
     if (answer.headers or {}).get("Status") == "503":
-        return {"error": {"description": f"no stream takes {answer.subject!r}, or JetStream is not ready"}}
+        return {"error": {"description": "no stream takes it, or JetStream is not ready"}}
     try:
         found: dict[str, Any] = json.loads(answer.data)
     except ValueError:

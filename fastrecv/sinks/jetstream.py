@@ -95,7 +95,7 @@ class JetStream(BaseSink):
         deadline = time.monotonic() + self.patience
         with self._lock:
             while not self._spools[-1].append(messages, self._elsewhere()):
-                if self._full == "drop-oldest":
+                if self._full == "drop-oldest" and self._waiting():
                     self._drop()
                 elif not self._lock.wait(max(deadline - time.monotonic(), 0)) and time.monotonic() >= deadline:
                     raise SinkFull(f"the spool {self._parent} is full: {self._trouble()}")

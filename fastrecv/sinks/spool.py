@@ -10,6 +10,7 @@ dead process's folder sends again what was on its way when it died, and little m
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -116,8 +117,8 @@ class Spool(Closing):
     def append(self, messages: Sequence[tuple[int, bytes]], elsewhere: int = 0) -> bool:
         """Write messages, each a shard and its data: all, or none and False where there is no room for them.
 
-        elsewhere : bytes that count as the spool's own. ValueError: there never would be room. OSError: the disk takes
-        no more, and none is there.
+        elsewhere : bytes that count as the spool's own. A full disk is a full spool. ValueError: there never would be
+        room. OSError: the disk has failed, and none is there.
         """
         pieces = []
         for number, (shard, data) in enumerate(messages, self._next):
@@ -131,8 +132,13 @@ class Spool(Closing):
             self._remove(len(self._segments))
         if self.size > room:
             return False
-        segment = self._active()
-        self._write(segment, written)
+        try:
+            segment = self._active()
+            self._write(segment, written)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return False
+            raise
         segment.size += len(written)
         self.size += len(written)
         self._next = segment.end = self._next + len(messages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import socket
 import subprocess
@@ -34,8 +35,7 @@ class Server(Closing):
     """Started at once, with its store in `folder`. more : lines of its configuration."""
 
     def __init__(self, folder: Path, more: str = "", **connecting: Any) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self._connecting, self._folder, self._log = connecting, folder, folder / "nats.log"
         self._config = folder / "nats.conf"
@@ -83,25 +83,43 @@ class Server(Closing):
         asyncio.run(make())
         return self
 
+    def asked(self, subject: str, payload: bytes = b"") -> dict[str, Any]:
+        """What JetStream's API answers."""
+
+        async def ask() -> dict[str, Any]:
+            client = await nats.connect(f"nats://{self.address}", **self._connecting)
+            try:
+                answer: dict[str, Any] = json.loads((await client.request(subject, payload, timeout=5)).data)
+            finally:
+                await client.close()
+            return answer
+
+        return asyncio.run(ask())
+
     def stored(self, stream: str) -> list[Stored]:
         """All that a consumer of the stream gets, in its order."""
         return asyncio.run(self._stored(stream))
 
     async def _stored(self, stream: str) -> list[Stored]:
         client = await nats.connect(f"nats://{self.address}", **self._connecting)
-        jetstream = client.jetstream()
-        count = (await jetstream.stream_info(stream)).state.messages
-        found: list[Stored] = []
-        if count:
-            consumer = await jetstream.pull_subscribe(
-                "", stream=stream, config=ConsumerConfig(ack_policy=AckPolicy.NONE)
-            )
+        try:
+            jetstream = client.jetstream()
+            count = (await jetstream.stream_info(stream)).state.messages
+            config = ConsumerConfig(ack_policy=AckPolicy.NONE)
+            consumer = await jetstream.pull_subscribe("", stream=stream, config=config)
+            found: list[Stored] = []
             while len(found) < count:
                 for message in await consumer.fetch(min(count - len(found), 500), timeout=5):
                     rows = pa.ipc.open_stream(message.data).read_all().to_pylist()
                     found.append(Stored(message.subject, (message.headers or {}).get("Nats-Msg-Id", ""), rows))
-        await client.close()
-        return found
+            return found
+        finally:
+            await client.close()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 def until(found: Any, what: Any, seconds: float = _PATIENCE) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import random
 import signal
@@ -15,10 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nats.errors
 import pytest
 
 from fastrecv.sinks import Access, JetStream, Sink, SinkFull, parsed
-from tests.kernel.jetstream import Server, by_subject, until
+from tests.kernel.jetstream import Server, by_subject, free_port, until
 
 SHARDS = 4
 
@@ -175,6 +178,50 @@ def test_what_a_dead_process_had_sent_is_removed_by_the_stream_when_it_is_sent_a
         until(lambda: sink.statistics().acknowledged, lambda: "nothing was taken over")
         assert sink.statistics()[2:7] == (1, 1, 0, 0, 1)
     assert by_subject(server.stored("FLOWS")) == {"flows.0": [0]}
+
+
+@pytest.mark.proof
+def test_a_cluster_whose_leaders_change_and_whose_servers_die_gets_all_once_and_in_order(tmp_path: Path) -> None:
+    ports = [free_port() for _ in range(3)]
+    routes = ", ".join(f"nats://127.0.0.1:{port}" for port in ports)
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for port in ports:
+            folder = tmp_path / str(port)
+            folder.mkdir()
+            cluster = f'cluster {{ name: c, listen: "127.0.0.1:{port}", routes: [{routes}] }}\nserver_name: n{port}'
+            servers.append(stack.enter_context(Server(folder, cluster)))
+        config = {"name": "FLOWS", "subjects": ["flows.>"], "num_replicas": 3}
+        _done(servers[0], "STREAM.CREATE.FLOWS", json.dumps(config).encode())
+        access = Access([server.address for server in servers])
+        with JetStream(access, "flows", tmp_path / "spool", stream="FLOWS", window=8) as sink:
+            count = 0
+            for turn in range(12):
+                for _ in range(20):
+                    publish(sink, range(count, count + 100))
+                    count += 100
+                    time.sleep(0.01)
+                if turn % 3 == 2:
+                    servers[turn % 2].kill()
+                    servers[turn % 2].start()
+                else:
+                    _done(servers[2], "STREAM.LEADER.STEPDOWN.FLOWS")
+            sink.flush(60)
+            assert sink.statistics().acknowledged == count
+        _done(servers[2], "STREAM.INFO.FLOWS")
+        stored = servers[2].stored("FLOWS")
+    assert by_subject(stored) == expected(count)
+
+
+def _done(server: Server, call: str, payload: bytes = b"") -> None:
+    """By JetStream's API, as soon as there is a leader of what it is asked for."""
+
+    def answered() -> bool:
+        with contextlib.suppress(nats.errors.Error):
+            return "error" not in server.asked(f"$JS.API.{call}", payload)
+        return False
+
+    until(answered, lambda: f"{call}: no leader")
 
 
 def test_what_another_process_leaves_while_we_run_is_taken_over(

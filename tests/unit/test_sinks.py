@@ -243,6 +243,25 @@ def test_what_names_no_sink_is_refused_in_one_line(url: str, words: str) -> None
     assert "\n" not in str(raised.value)
 
 
+def test_without_the_extra_rows_become_json_and_what_needs_it_names_it(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules |= dict.fromkeys(["pyarrow", "nats"])
+from fastrecv.sinks import parsed
+with parsed("jsonl:-") as sink:
+    sink.publish([{"n": 1}])
+for url in sys.argv[1:]:
+    try:
+        parsed(url).open()
+    except ModuleNotFoundError as error:
+        print(error, flush=True)
+"""
+    urls = [f"parquet:{tmp_path}", f"nats://localhost/flows?spool={tmp_path}"]
+    found = subprocess.run([sys.executable, "-c", code, *urls], check=True, capture_output=True, text=True, timeout=20)
+    said = "pyarrow is not installed: pip install 'fastrecv[sinks]'"
+    assert found.stdout.splitlines() == ['{"n": 1}', said, said]
+
+
 def test_no_error_shows_a_password() -> None:
     with pytest.raises(ValueError, match="has no spool") as raised:
         parsed("nats://jane:s3cret@localhost/flows")

@@ -147,8 +147,7 @@ def test_a_disk_that_is_full_costs_the_message_and_no_other(spool: Spool, monkey
         return done
 
     monkeypatch.setattr(os, "pwrite", limited)
-    with pytest.raises(OSError, match="No space left"):
-        spool.append([(0, b"half")])
+    assert not spool.append([(0, b"half")])
     monkeypatch.undo()
     assert spool.append([(0, b"after")])
     assert [message.data for message in read_all(spool)] == [b"before", b"after"]
