@@ -80,6 +80,7 @@ class Delivery:
         self._ready: deque[int] = deque()  # lanes whose first message may be sent
         self._flying: dict[str, tuple[int, float]] = {}  # by reply token: lane, deadline; the oldest first
         self._token = self._connections = 0
+        self._stopping = False
         self._pause, self._adopt_at = _AGAIN[0], 0.0
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Event()
@@ -99,9 +100,8 @@ class Delivery:
         self._thread.join()
 
     def _cancel(self) -> None:
-        if self._main is None:  # not begun yet
-            self._loop.call_soon(self._cancel)
-        else:
+        self._stopping = True
+        if self._main is not None:
             self._main.cancel()
 
     def _run(self) -> None:
@@ -113,7 +113,7 @@ class Delivery:
 
     async def _deliver(self) -> None:
         self._main = asyncio.current_task()
-        while True:
+        while not self._stopping:
             try:
                 await self._adopt()
                 client = await engine.connected(self._access, self._context, self._failed)
@@ -136,7 +136,7 @@ class Delivery:
         self._connections += 1
         self._flying.clear()
         self._ready = deque(self._lanes)  # all is sent again, lanes by the age of their first message
-        while not client.is_closed:
+        while not client.is_closed and not self._stopping:  # nats-py may have swallowed the cancellation
             self._changed.clear()
             self._take()
             while self._ready and len(self._flying) < self._window:
@@ -228,9 +228,10 @@ class Delivery:
         return pause
 
     def _failed(self, error: Exception) -> None:
+        said = str(error) or ("no server answers" if isinstance(error, TimeoutError) else type(error).__name__)
         if not self.trouble:
-            _LOG.warning("%s: messages wait: %s", self._prefix, error or type(error).__name__)
-        self.trouble = str(error) or type(error).__name__
+            _LOG.warning("%s: messages wait: %s", self._prefix, said)
+        self.trouble = said
         self._changed.set()
 
 

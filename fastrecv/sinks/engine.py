@@ -78,6 +78,7 @@ async def connected(access: Access, context: ssl.SSLContext | None, failed: Call
     """
     from nats.errors import NoServersError  # noqa: PLC0415 - optional
 
+    # pending_size 0: publish() never waits for the socket. It would swallow a cancellation, and the window bounds it.
     client: Client = _client_of(context is not None)()
     errors: list[Exception] = []
 
@@ -89,7 +90,8 @@ async def connected(access: Access, context: ssl.SSLContext | None, failed: Call
         await client.connect(
             [f"nats://{server}" for server in access.servers], error_cb=told, name="fastrecv", tls=context,
             allow_reconnect=False, max_reconnect_attempts=1, reconnect_time_wait=0, connect_timeout=_CONNECTING,
-            ping_interval=_PING, user=access.user, password=access.password, token=access.token, nkeys_seed=access.nkey,
+            ping_interval=_PING, pending_size=0, user=access.user, password=access.password, token=access.token,
+            nkeys_seed=access.nkey,
         )  # fmt: skip
     except BaseException as error:
         await dropped(client)

@@ -109,7 +109,7 @@ class Server(Closing):
             consumer = await jetstream.pull_subscribe("", stream=stream, config=config)
             found: list[Stored] = []
             while len(found) < count:
-                for message in await consumer.fetch(min(count - len(found), 500), timeout=5):
+                for message in await consumer.fetch(min(count - len(found), 50), timeout=10):
                     rows = pa.ipc.open_stream(message.data).read_all().to_pylist()
                     found.append(Stored(message.subject, (message.headers or {}).get("Nats-Msg-Id", ""), rows))
             return found

@@ -60,6 +60,13 @@ def test_rows_arrive_as_arrow_streams_by_subject_and_in_order(server: Server, tm
     assert list((tmp_path / "spool" / "flows").iterdir()) == []
 
 
+def test_of_several_servers_one_that_answers_is_enough(server: Server, tmp_path: Path) -> None:
+    place = f"127.0.0.1:{free_port()},{server.address}/flows?stream=FLOWS&spool={tmp_path}/spool"
+    with parsed(f"nats://{place}") as sink:
+        sink.publish([{"n": 0}], 4095)
+    assert by_subject(server.stored("FLOWS")) == {"flows.4095": [0]}
+
+
 def test_a_batch_that_is_too_long_for_a_message_becomes_several(server: Server, tmp_path: Path) -> None:
     rows = [{"n": number, "pad": bytes(100_000)} for number in range(30)]
     with sink_to(server, tmp_path) as sink:
@@ -294,6 +301,24 @@ def test_a_server_that_stands_still_is_left_and_gets_all_when_it_goes_on(
         server.send(signal.SIGCONT)
         sink.flush(20)
     assert by_subject(server.stored("FLOWS")) == expected(1000)
+
+
+def test_a_sink_to_a_server_that_stands_still_is_closed_in_time_though_the_connection_is_full(
+    server: Server, tmp_path: Path
+) -> None:
+    sink = sink_to(server, tmp_path)
+    sink.open()
+    sink.publish([{"n": 0}])
+    sink.flush(10)
+    server.send(signal.SIGSTOP)
+    for number in range(1, 31):
+        sink.publish([{"n": number, "pad": os.urandom(800_000)}], number)
+    with pytest.raises(TimeoutError, match="30 messages wait"):
+        sink.close(0.2)
+    server.send(signal.SIGCONT)
+    with sink_to(server, tmp_path) as successor:
+        until(lambda: successor.statistics().acknowledged == 30, lambda: str(successor.statistics()))
+    assert by_subject(server.stored("FLOWS")) == {f"flows.{number}": [number] for number in range(31)}
 
 
 def test_a_stream_that_is_made_later_gets_what_waited_for_it(server: Server, tmp_path: Path) -> None:
