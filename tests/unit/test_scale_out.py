@@ -21,6 +21,7 @@ from fastrecv.bench.scale_out.cli import command
 from fastrecv.bench.scale_out.consuming import DELIVERED, DELIVERIES, KEPT, Ledger, records_of
 from fastrecv.bench.scale_out.engine import Held
 from fastrecv.bench.scale_out.exporters import DATAGRAM, RECORDS, filled, numbered, sent_by_each
+from fastrecv.bench.scale_out.paper import needed
 from fastrecv.bench.scale_out.running import FAULTS, Plan, Run, schedule
 from fastrecv.bench.scale_out.throughput import Throughput
 
@@ -45,6 +46,7 @@ class Story:
     acknowledged: list[Rows] = field(init=False)
     kept: Rows = field(init=False)
     delivered: Rows = field(init=False)
+    removed: int = 4
     destroyed: int = 0
     killed: frozenset[int] = frozenset()
     deaths: int = 0
@@ -69,7 +71,10 @@ class Story:
         ]  # fmt: skip
 
     def judged(self) -> account.Account:
-        return account.judged(EXPORTERS, EXPORTERS * ROUNDS, self.hosts(), self.acknowledged, self.kept, self.delivered)
+        return account.judged(
+            EXPORTERS, EXPORTERS * ROUNDS, self.hosts(), self.acknowledged, self.kept,
+            account.deliveries(self.delivered, self.removed),
+        )  # fmt: skip
 
     def faults(self) -> list[str]:
         return account.faults(self.judged(), BATCH)
@@ -81,7 +86,7 @@ def test_where_nothing_is_wrong_nothing_is_said() -> None:
     assert account.faults(found, BATCH) == []
     assert found.sent == found.arrived == found.queued == found.acknowledged == found.kept == 7200
     assert found.before == found.nowhere == found.saved == found.in_hands == found.destroyed == 0
-    assert found.deliveries == (72, 0, 7200, 0)
+    assert found.deliveries == (72, 0, 7200, 0, 4)
 
 
 def test_a_record_that_was_acknowledged_and_is_at_no_consumer_is_a_fault() -> None:
@@ -103,7 +108,7 @@ def test_duplicates_that_were_removed_are_counted_by_their_kind() -> None:
     found = story.judged()
     assert account.faults(found, BATCH) == []
     assert found.before == 150
-    assert found.deliveries == (73, 1, 7350, 50)
+    assert found.deliveries == (73, 1, 7350, 50, 4)
 
 
 def test_a_record_that_two_hosts_acknowledge_is_a_fault() -> None:
@@ -183,7 +188,7 @@ def test_a_consumer_keeps_each_record_once_also_after_a_kill(tmp_path: Path) -> 
     assert np.array_equal(np.fromfile(tmp_path / KEPT, NUMBERED), rows)
     found = np.fromfile(tmp_path / DELIVERIES, DELIVERED)
     assert found.tolist() == [(1, 1, 300, 0), (2, 1, 200, 100), (2, 2, 200, 200), (3, 1, 150, 50)]
-    assert account.deliveries(found) == (3, 1, 850, 150)
+    assert account.deliveries(found, 0) == (3, 1, 850, 150, 0)
 
 
 def test_a_message_gives_the_records_of_its_payloads() -> None:
@@ -201,6 +206,15 @@ def test_everything_befalls_once_and_in_order() -> None:
     assert sum(what == "kill_worker" for _, what in due) == 12
     assert sum(what == "kill_worker" for _, what in schedule(4, seed=1)) == 2
     assert all(0 < at < 60 for at, _ in due)
+
+
+def test_a_hundred_hosts_need_a_hundred_times_as_much() -> None:
+    need = needed(Throughput(1, 2.0, records=1000, messages=100, bytes=64_000, microseconds={"engine": 8.0}))
+    assert (need.records, need.messages, need.bytes, need.copied) == (50_000, 5000, 3_200_000, 9_600_000)
+    assert need.cpus == {"engine": pytest.approx(0.4)}
+    assert need.stored == 600 * 9_600_000
+    assert need.spooled == 600 * 32_000
+    assert need.ids == 600 * 5000
 
 
 def test_a_run_is_told_in_words_and_in_json() -> None:

@@ -64,13 +64,15 @@ class AtHost(NamedTuple):
 
 class Deliveries(NamedTuple):
     """What was delivered to consumers. messages : all that were stored and delivered. again : deliveries of a message
-    after its first; records : of all deliveries; stored_twice : records that a second message had.
+    after its first; records : of all deliveries; stored_twice : records that a second message had. removed : messages
+    that were published again, and that the engine removed by their ids.
     """
 
     messages: int
     again: int
     records: int
     stored_twice: int
+    removed: int
 
 
 class Account(NamedTuple):
@@ -143,16 +145,19 @@ def at_host(
     )  # fmt: skip
 
 
-def deliveries(rows: Rows) -> Deliveries:
+def deliveries(rows: Rows, removed: int) -> Deliveries:
     """Of rows of DELIVERED, as both consumers have written them."""
     first = rows["times"] == 1
     messages = len(np.unique(rows["sequence"]))
-    return Deliveries(messages, len(rows) - messages, int(rows["records"].sum()), int(rows["known"][first].sum()))
+    return Deliveries(
+        messages, len(rows) - messages, int(rows["records"].sum()), int(rows["known"][first].sum()), removed
+    )
 
 
 def judged(
-    exporters: int, datagrams: int, hosts: Sequence[AtHost], acknowledged: Sequence[Rows], kept: Rows, delivered: Rows
-) -> Account:
+    exporters: int, datagrams: int, hosts: Sequence[AtHost], acknowledged: Sequence[Rows], kept: Rows,
+    delivered: Deliveries,
+) -> Account:  # fmt: skip
     """The account of so many datagrams of so many exporters. acknowledged : by each host; kept : by all consumers."""
     ours, theirs = identities(np.concatenate(acknowledged)), identities(kept)
     promised, there = np.unique(ours), np.unique(theirs)
@@ -162,7 +167,7 @@ def judged(
     both = len(np.intersect1d(promised, there, assume_unique=True))
     return Account(
         RECORDS * datagrams, hosts, len(ours), len(ours) - len(promised), len(there), len(theirs) - len(there),
-        len(promised) - both, len(there) - both, strangers, deliveries(delivered),
+        len(promised) - both, len(there) - both, strangers, delivered,
     )  # fmt: skip
 
 

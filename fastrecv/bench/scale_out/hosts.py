@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fastrecv.bench.numbered import NUMBERED
 from fastrecv.bench.scale_out.addresses import COLLECTOR, PORT
 from fastrecv.bench.scale_out.processes import KILLED_WITH_US, alive, tree
-from fastrecv.bench.scale_out.recorder import HANDLER, SHARDS, SINK, sink_url
+from fastrecv.bench.scale_out.recorder import HANDLER, REMOVED, SHARDS, SINK, sink_url
 from fastrecv.bench.survive_recorder import FOLDER, ROWS
 from fastrecv.bench.survive_service import Service, rows_of, until
 from fastrecv.netns import Namespace
@@ -91,6 +91,11 @@ class Host:
     def count(self) -> int:
         """How many records it has acknowledged."""
         return sum(path.stat().st_size // NUMBERED.itemsize for path in self.folder.glob(f"*{ROWS}"))
+
+    def removed(self) -> int:
+        """How many of its messages the engine had already, and has removed by their ids."""
+        files = self.folder.glob(f"*{REMOVED}")
+        return sum(int.from_bytes(path.read_bytes(), "little") for path in files)
 
     def acknowledged(self) -> NDArray[np.void]:
         """What it has acknowledged in all its lives: rows of NUMBERED, (n,)."""

@@ -12,19 +12,20 @@ from pathlib import Path
 from fastrecv.errors import NotSupported
 from fastrecv.netns import Namespace
 
-__all__ = ["KILLED_WITH_US", "PACKAGES", "alive", "cpu_seconds", "found", "started", "tree"]
+__all__ = ["KILLED_WITH_US", "PACKAGES", "SBIN", "alive", "cpu_seconds", "found", "started", "tree"]
 
 KILLED_WITH_US = ["setpriv", "--pdeathsig", "KILL"]
 """In front of a command (util-linux); its own children are its own affair."""
 PACKAGES = {"nats-server": "nats-server", "setpriv": "util-linux"}
 """Programs that the test bed needs, and what has them."""
-_SBIN = "/usr/local/sbin:/usr/sbin"
+SBIN = "/usr/local/sbin:/usr/sbin"
+"""Where daemons are, also for who has them not on his path."""
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
 def found(program: str) -> str:
     """The path of one. NotSupported where it is not installed."""
-    path = shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:{_SBIN}")
+    path = shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:{SBIN}")
     if path is None:
         raise NotSupported("the test bed", program, ENOENT, f"install it (Debian: {PACKAGES[program]})")
     return path

@@ -1,7 +1,8 @@
 """The handler of the hosts: it publishes every batch by shards, and then writes down what it has published.
 
 What stands in its record is what it has acknowledged: publish() has returned for it. A file a process, named after it,
-in the folder that FOLDER names; rows of NUMBERED.
+in the folder that FOLDER names; rows of NUMBERED. A second file has one number: how many of its messages the engine had
+already.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from fastrecv.bench.survive_recorder import FOLDER, ROWS
 from fastrecv.policies import Policy
 from fastrecv.sinks import Shards
 
-__all__ = ["HANDLER", "SHARDS", "SINK", "Recorder", "sink_url"]
+__all__ = ["HANDLER", "REMOVED", "SHARDS", "SINK", "Recorder", "sink_url"]
 
 HANDLER = f"{__name__}:Recorder"
+REMOVED = ".removed"
 SINK, SHARDS = "FASTRECV_SINK", "FASTRECV_SHARDS"
 """In the environment: the sink, as text, and how many shards there are."""
 _CLOSING = 25.0
@@ -41,10 +43,13 @@ class Recorder:
         self._shards = Shards(_POLICY, int(os.environ[SHARDS]))
         path = Path(os.environ[FOLDER]) / f"{os.getpid()}{ROWS}"
         self._undo = contextlib.ExitStack()
+        self._removed = os.open(path.with_suffix(REMOVED), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._undo.callback(os.close, self._removed)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
         self._undo.callback(os.close, self._fd)
         self._sink = sinks.parsed(os.environ[SINK])
         self._sink.open()
+        self._undo.callback(self._note_removed)
         self._undo.callback(self._sink.close, _CLOSING)
 
     def handle(self, batch: Batch) -> None:
@@ -53,6 +58,11 @@ class Recorder:
         rows = numbered(batch.records(DATAGRAM))
         assert rows.dtype == NUMBERED
         os.write(self._fd, rows.tobytes())
+        self._note_removed()
+
+    def _note_removed(self) -> None:
+        """How many messages the engine had already, and has removed by their ids."""
+        os.pwrite(self._removed, self._sink.statistics().duplicates.to_bytes(8, "little"), 0)
 
     def stop(self) -> None:
         self._undo.close()

@@ -142,7 +142,6 @@ def _judged(plan: Plan, scene: Scene, datagrams: int) -> tuple[Account, Moves]:
         )
         for number, rows in zip(scene.hosts, acknowledged, strict=True)
     ]  # fmt: skip
-    found = account.judged(
-        plan.exporters, datagrams, hosts, acknowledged, scene.consumers.kept(), scene.consumers.delivered()
-    )
+    delivered = account.deliveries(scene.consumers.delivered(), sum(host.removed() for host in scene.hosts.values()))
+    found = account.judged(plan.exporters, datagrams, hosts, acknowledged, scene.consumers.kept(), delivered)
     return found, account.moves(acknowledged, plan.exporters, scene.source.phase + 1, scene.changes)

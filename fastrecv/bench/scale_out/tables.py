@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastrecv.bench.scale_out.account import Account, AtHost
+from fastrecv.bench.scale_out.paper import HOSTS, OUTAGE, Need, needed
 from fastrecv.bench.scale_out.running import Plan, Run
 from fastrecv.bench.tables import markdown
 
@@ -23,6 +24,7 @@ def described(plan: Plan, run: Run) -> str:
         _at_hosts(run.account.hosts),
         _moved(run),
         f"All processes shared {run.cpus} CPUs.\n\n{_throughput(run)}",
+        _paper(needed(run.throughput[0])),
         *(f"FAULT: {fault}" for fault in run.faults),
     ]
     return "\n\n".join(parts)
@@ -41,6 +43,7 @@ def _where(run: Run) -> str:
         ("lost with the queues of a killed host", account.destroyed),
         ("lost in the hands of killed workers", account.in_hands - account.saved),
         ("in the killed host's spool alone while it was away", run.spooled),
+        ("published again, and removed by the engine (messages)", delivered.removed),
         ("delivered to consumers", delivered.records),
         ("of these duplicates: before removal", account.before),
         ("because a message was stored twice", delivered.stored_twice),
@@ -93,6 +96,21 @@ def _throughput(run: Run) -> str:
     ])  # fmt: skip
 
 
+def _paper(need: Need) -> str:
+    minutes = f"{OUTAGE / 60:.0f} minutes"
+    rows = [
+        ("records a second", f"{need.records:,.0f}"),
+        ("messages a second", f"{need.messages:,.0f}"),
+        ("MB a second into the engine", f"{need.bytes / 1e6:,.0f}"),
+        ("MB a second that all nodes write", f"{need.copied / 1e6:,.0f}"),
+        *((f"CPUs: {name}", f"{busy:,.0f}") for name, busy in need.cpus.items()),
+        (f"GB on all nodes: consumers away for {minutes}", f"{need.stored / 1e9:,.0f}"),
+        (f"GB on a host: the engine away for {minutes}", f"{need.spooled / 1e9:,.1f}"),
+        ("message ids known at once", f"{need.ids:,.0f}"),
+    ]
+    return markdown([f"on paper: {HOSTS} hosts as the one alone", "need"], [list(row) for row in rows])
+
+
 def record(run: Run) -> dict[str, Any]:
     """For JSON."""
     return run._asdict() | {
@@ -100,6 +118,7 @@ def record(run: Run) -> dict[str, Any]:
         "moves": run.moves._asdict() | {"steps": [step._asdict() for step in run.moves.steps]},
         "throughput": [one._asdict() | {"rate": one.rate} for one in run.throughput],
         "held": run.held._asdict(),
+        "paper": needed(run.throughput[0])._asdict(),
     }
 
 
