@@ -64,7 +64,7 @@ def present(nkey: bool) -> None:
         import nats  # noqa: F401, PLC0415 - optional
 
         if nkey:
-            import nkeys  # type: ignore[import-not-found, unused-ignore]  # noqa: F401, PLC0415
+            import nkeys  # noqa: F401, PLC0415
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{error.name} is not installed: pip install 'fastrecv[sinks]'", name=error.name
