@@ -78,8 +78,9 @@ def run(config: str | None, check: bool, as_json: bool, **options: Any) -> int:
     before the file, which USR2 reads again.
 
     With --backend xdp each worker reads queues of the interface, beside its socket; with several workers these, and no
-    policy but queue, decide who gets a sender. A restart loses nothing. A worker that is killed loses what was in its
-    rings, up to 2048 datagrams a queue, when none of a socket's are lost; the log says at the end how many.
+    policy but queue, decide who gets a sender. A restart loses nothing that --receive-buffer has room for. A worker
+    that is killed loses what was in its rings, up to 2048 datagrams a queue, when none of a socket's are lost; the log
+    says at the end how many.
 
     TERM or INT: stop, queues are read to their end. QUIT: at once. HUP: restart the workers with new code, one after
     the other. TTIN, TTOU: one worker more or less. USR2: new code and configuration for the supervisor itself, in
