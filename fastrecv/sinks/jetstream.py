@@ -27,6 +27,7 @@ Full = Literal["block", "drop-oldest"]
 _MESSAGE = 1_000_000  # bytes: nats-server's max_payload is 1 MiB unless configured, headers included
 _LEAST_SPOOL = 16 << 20  # bytes: some messages
 _SUBJECT = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:(?P<port>\d{1,5}))?")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _LEFT = 10.0  # seconds for which nobody has written to a spool: a successor would have taken it over at once
 
@@ -57,6 +58,10 @@ class JetStream(BaseSink):
         super().__init__(patience)
         if not access.servers:
             raise ValueError("no servers: give host or host:port")
+        for server in access.servers:
+            found = _SERVER.fullmatch(server)
+            if found is None or int(found["port"] or 1) not in range(1, 65536):
+                raise ValueError(f"server {server!r}: give host, host:port or [address]:port")
         if not _SUBJECT.fullmatch(prefix):
             raise ValueError(f"prefix {prefix!r}: give words of letters, digits, - and _ with dots between")
         if stream is not None and not _NAME.fullmatch(stream):
@@ -207,4 +212,19 @@ def _messages(record: pa.RecordBatch) -> list[bytes]:
     if len(record) == 1:
         raise ValueError(f"a row of {record.nbytes} bytes: a message has room for {_MESSAGE}")
     half = len(record) // 2
-    return _messages(record.slice(0, half)) + _messages(record.slice(half))
+    return _messages(_own(record.slice(0, half))) + _messages(_own(record.slice(half)))
+
+
+def _own(record: pa.RecordBatch) -> pa.RecordBatch:
+    """A slice with dictionaries of its own: with the whole one's every message is long, and a single row may be."""
+    pa = pyarrow()
+    columns = []
+    for column in record.columns:
+        if pa.types.is_dictionary(column.type):
+            used = column.indices.dictionary_encode()
+            column = pa.DictionaryArray.from_arrays(  # noqa: PLW2901
+                used.indices.cast(column.type.index_type), column.dictionary.take(used.dictionary),
+                ordered=column.type.ordered,
+            )  # fmt: skip
+        columns.append(column)
+    return pa.RecordBatch.from_arrays(columns, schema=record.schema)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -32,6 +33,7 @@ class JsonLines(BaseSink):
         super().__init__(patience)
         self._path = os.fspath(path)
         self._fd, self._most = -1, _ROOM
+        self._regular = False
         self._socket: socket.socket | None = None
         self._buffer = bytearray()
         self._ends: list[int] = []  # where in all that was ever written each waiting publish() ends
@@ -46,7 +48,8 @@ class JsonLines(BaseSink):
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
             self._fd = os.open(self._path, flags, 0o644)
         mode = os.fstat(self._fd).st_mode
-        if not stat.S_ISREG(mode):
+        self._regular = stat.S_ISREG(mode)
+        if not self._regular:
             self._most = _PIECE
         if stat.S_ISSOCK(mode):
             self._socket = socket.socket(fileno=self._fd)
@@ -105,6 +108,8 @@ class JsonLines(BaseSink):
         piece = self._piece()
         try:
             done = self._socket.send(piece, socket.MSG_DONTWAIT) if self._socket else os.write(self._fd, piece)
+            if self._regular and done < len(piece):
+                done = self._whole(piece[:done])
         except BlockingIOError:  # another writer was quicker
             return deadline is None or time.monotonic() < deadline
         del self._buffer[:done]
@@ -112,6 +117,20 @@ class JsonLines(BaseSink):
         while self._ends and self._ends[0] <= self._written:
             del self._ends[0]
         return True
+
+    def _whole(self, written: bytes) -> int:
+        """A full disk took no more: take half a line off the end again; bytes that stay. OSError where none do.
+
+        What comes when there is room, from here or from the next process, would be appended to it and lost with it.
+        """
+        whole, end = written.rfind(b"\n") + 1, os.lseek(self._fd, 0, os.SEEK_CUR)
+        if end != os.fstat(self._fd).st_size:  # another has written since
+            return len(written)
+        os.ftruncate(self._fd, end := end - len(written) + whole)
+        os.lseek(self._fd, end, os.SEEK_SET)  # standard output need not be open for appending
+        if not whole:
+            raise OSError(errno.ENOSPC, "no room for a line", self._path)
+        return whole
 
     def _piece(self) -> bytes:
         """Whole lines, as many as fit, so that others may write between two pieces."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import secrets
@@ -27,6 +28,7 @@ from fastrecv.closing import Closing
 
 __all__ = ["Message", "Spool"]
 
+_LOG = logging.getLogger("fastrecv.sinks")
 _HEADER = struct.Struct("<IIQI")  # bytes of data, CRC-32 of number, shard and data, number, shard
 _NUMBERED = struct.Struct("<QI")
 _SUFFIX = ".messages"
@@ -68,7 +70,7 @@ class Spool(Closing):
         self.size = self.torn = self._next = self._low = 0
         fd = os.open(folder / _WORD, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(fd, 8)
+            os.posix_fallocate(fd, 0, 8)  # a hole would be filled at the first store, which is SIGBUS on a full disk
             self._memory = mmap.mmap(fd, 8)
         finally:
             os.close(fd)
@@ -89,13 +91,13 @@ class Spool(Closing):
             folder.mkdir(mode=0o700)
             lock = _locked(folder)
             if lock is not None:  # else it was taken for a dead process's before it was locked
-                return cls(folder, lock, limit)
+                return cls._entered(folder, lock, limit)
 
     @classmethod
     def orphans(cls, parent: Path, limit: int, before: float | None = None) -> Iterator[Self]:
         """Those of dead processes in which messages wait, the oldest first; they are locked now. Empty ones go.
 
-        before : seconds since the epoch; what was written to since then is left alone.
+        before : seconds since the epoch; what was written to since then is left alone. So is what cannot be read.
         """
         for folder in sorted(parent.iterdir()):
             if before is not None and _written(folder) > before:
@@ -103,11 +105,24 @@ class Spool(Closing):
             lock = _locked(folder)
             if lock is None:
                 continue
-            spool = cls(folder, lock, limit)
+            try:
+                spool = cls._entered(folder, lock, limit)
+            except OSError as error:
+                _LOG.warning("what a dead process has left cannot be taken over: %s", error)
+                continue
             if spool.waiting or spool.torn:
                 yield spool
             else:
                 spool.close()
+
+    @classmethod
+    def _entered(cls, folder: Path, lock: int, limit: int) -> Self:
+        """The spool of a folder whose lock is held, and let go where it cannot be opened: OSError."""
+        try:
+            return cls(folder, lock, limit)
+        except OSError as error:
+            os.close(lock)
+            raise OSError(error.errno, error.strerror, os.fspath(folder)) from None
 
     @property
     def waiting(self) -> int:
@@ -193,7 +208,7 @@ class Spool(Closing):
 
     def _look(self) -> None:
         """Find the segments that are there, and how much of each is whole."""
-        for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
+        for path in sorted(self._folder.glob(f"{'[0-9]' * 20}{_SUFFIX}")):
             segment = _Segment(path, int(path.stem))
             data = memoryview(path.read_bytes())
             for end, number in _whole(data, segment.first):

@@ -16,7 +16,7 @@ from fastrecv.sinks.jetstream import JetStream
 from fastrecv.sinks.json_lines import JsonLines
 from fastrecv.sinks.parquet import Parquet
 
-__all__ = ["parsed"]
+__all__ = ["parsed", "shown"]
 
 _SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -41,17 +41,17 @@ def parsed(url: str) -> Sink:
     make = _SINKS.get(scheme)
     if not colon or make is None:
         raise ValueError(
-            f"{_shown(url)} is no sink{_meant(scheme, _SINKS)}: give {', '.join(f'{name}:...' for name in _SINKS)}"
+            f"{shown(url)} is no sink{_meant(scheme, _SINKS)}: give {', '.join(f'{name}:...' for name in _SINKS)}"
         )
     try:
         return make(rest)
     except ValueError as error:
-        raise ValueError(f"sink {_shown(url)}: {error}") from None
+        raise ValueError(f"sink {shown(url)}: {error}") from None
 
 
-def _shown(url: str) -> str:
+def shown(url: str) -> str:
     """Without credentials, which are nobody's who reads a log."""
-    return repr(re.sub("//[^/]*@", "//...@", url))
+    return repr(re.sub("//.*@", "//...@", url))
 
 
 def seconds(text: str) -> float:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import nats.errors
+import pyarrow as pa
 import pytest
 
 from fastrecv.sinks import Access, JetStream, Sink, SinkFull, parsed
@@ -77,6 +78,45 @@ def test_a_batch_that_is_too_long_for_a_message_becomes_several(server: Server, 
     stored = server.stored("FLOWS")
     assert len(stored) == 4
     assert by_subject(stored) == {"flows.1": list(range(30))}
+
+
+def test_messages_have_of_a_dictionary_what_their_rows_name(server: Server, tmp_path: Path) -> None:
+    names = pa.array([f"2001:db8::{number:x}" for number in range(60_000)])
+    named = pa.DictionaryArray.from_arrays(pa.array(range(60_000), pa.int32()), names)
+    none = pa.nulls(60_000, named.type)
+    with sink_to(server, tmp_path) as sink:
+        sink.publish(pa.record_batch({"n": range(60_000), "named": named, "none": none}))
+        sink.flush(10)
+    stored = server.stored("FLOWS")
+    assert len(stored) <= 4
+    rows = [row for message in stored for row in message.rows]
+    assert [row["n"] for row in rows] == list(range(60_000))
+    assert [row["named"] for row in rows] == names.to_pylist()
+    assert {row["none"] for row in rows} == {None}
+
+
+ON_A_FULL_DISK = """
+import sys
+from fastrecv.sinks import Access, JetStream
+with open(f"{sys.argv[1]}/full", "wb", buffering=0) as full:
+    try:
+        while full.write(bytes(4096)):
+            pass
+    except OSError:
+        pass
+try:
+    JetStream(Access(["127.0.0.1:9"]), "flows", sys.argv[1]).open()
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_is_full_from_the_beginning_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    mounted = 'mount -t tmpfs -o size=64k none "$1" && mkdir "$1/flows" && exec "$2" -c "$3" "$1"'
+    words = ["unshare", "--mount", "sh", "-c", mounted, "sh", str(tmp_path), sys.executable, ON_A_FULL_DISK]
+    done = subprocess.run(words, check=True, capture_output=True, text=True, timeout=20)
+    assert done.stdout.startswith(f"[Errno 28] No space left on device: '{tmp_path}/flows/")
+    assert done.stdout.count("\n") == 1
 
 
 def test_a_server_that_comes_later_and_goes_meanwhile_gets_all_in_order(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -129,6 +130,25 @@ def test_a_reader_that_stands_still_costs_no_more_than_the_patience_and_loses_no
     assert [json.loads(line)["n"] for line in found.splitlines()] == list(range(taken))
 
 
+def test_a_full_disk_leaves_whole_lines_and_what_comes_when_there_is_room_is_read(tmp_path: Path) -> None:
+    before, path = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "out"
+    sink = JsonLines(path)
+    sink.open()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        sink.publish([{"n": 0, "pad": "x" * 600}])
+        with pytest.raises(OSError, match=re.escape(f"no room for a line: '{path}'")):
+            sink.publish([{"n": n, "pad": "x" * 250} for n in (1, 2, 3)])
+        with pytest.raises(OSError, match="no room"):
+            sink.close(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [line["n"] for line in lines(path)] == [0, 1]
+    with JsonLines(path) as sink:
+        sink.publish([{"n": 4}])
+    assert [line["n"] for line in lines(path)] == [0, 1, 4]
+
+
 @pytest.mark.parametrize("output", ["pipe", "socket", "file"])
 def test_standard_output_takes_lines_whatever_it_is(tmp_path: Path, output: str) -> None:
     code = "from fastrecv.sinks import *\nwith parsed('jsonl:-') as sink: sink.publish([{'n': 1}])\nprint('own')"
@@ -229,6 +249,9 @@ def test_a_batch_without_what_the_policy_goes_by_is_refused() -> None:
     ("nats://localhost/flows", "has no spool"),
     ("nats:///flows?spool=/tmp/x", "no servers"),
     ("nats://localhost/?spool=/tmp/x", "prefix ''"),
+    ("nats://localhost:4222,host:abc/flows?spool=/tmp/x", "server 'host:abc': give host, host:port or [address]:port"),
+    ("nats://localhost:99999/flows?spool=/tmp/x", "server 'localhost:99999'"),
+    ("nats://[::1]:0/flows?spool=/tmp/x", "server '[::1]:0'"),
     ("nats://localhost/a.*?spool=/tmp/x", "prefix 'a.*'"),
     ("nats://localhost/flows?spool=/tmp/x&stream=a.b", "stream 'a.b'"),
     ("nats://localhost/flows?spool=/tmp/x&spool_size=1G", "did you mean 'spool-size'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -153,6 +154,23 @@ def test_a_disk_that_is_full_costs_the_message_and_no_other(spool: Spool, monkey
     assert [message.data for message in read_all(spool)] == [b"before", b"after"]
     with after_a_kill(spool) as (left_behind,):
         assert (left_behind.torn, left_behind.waiting) == (0, 2)
+
+
+def test_what_cannot_be_taken_over_keeps_nobody_from_the_rest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken, sound = tmp_path / "0", tmp_path / "1"
+    (broken / "acknowledged").mkdir(parents=True)
+    with Spool.new(tmp_path, LIMIT) as spool:
+        spool.append([(0, b"one")])
+        shutil.copytree(tmp_path / spool.identity, sound)
+        (sound / "notes.messages").write_text("somebody's")
+        for _ in range(2):
+            (left,) = Spool.orphans(tmp_path, LIMIT)
+            assert [message.data for message in read_all(left)] == [b"one"]
+            left.close()
+    said = f"what a dead process has left cannot be taken over: [Errno 21] Is a directory: '{broken}'"
+    assert caplog.messages == [said] * 2
+    fcntl.flock(fd := os.open(broken, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(fd)
 
 
 Step = tuple[str, int]
