@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
 
 from fastrecv.collector.keys import BOUNDS, COUNT, SUMS, checked
@@ -24,42 +25,41 @@ class Aggregation:
     """keys : of a row, as checked() has them; null where a flow has no such element. window : seconds."""
 
     def __init__(self, keys: Sequence[str], window: float) -> None:
-        self.keys, self.window = checked(keys), window
-        self._start: float | None = None
+        self.keys, self._length = checked(keys), max(round(1000 * window), 1)
         self._schema = pa.schema([
             *(key_field(key) for key in self.keys), *(pa.field(name, pa.uint64()) for name in (*SUMS, COUNT))
         ])  # fmt: skip
-        self._parts: list[pa.Table] = []
+        self._windows: dict[int, list[pa.Table]] = {}  # by their beginning, ms since the epoch: one, around its end two
 
     def add(self, raw: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-        """Take rows as they were gathered (Decoder.flush) in this window; what leaves early, raw, for want of room."""
-        if self._start is None:
-            first = raw.column(raw.schema.get_field_index("collectionTimeMilliseconds"))[0].value / 1000
-            self._start = first - first % self.window
-        self._parts.append(self._grouped(pa.Table.from_batches([self._columns(raw)])))
-        if sum(len(part) for part in self._parts[1:]) > max(len(self._parts[0]), _MERGE):
-            self._parts = [self._grouped(pa.concat_tables(self._parts))]
-            if len(self._parts[0]) > MOST_GROUPS:
-                yield from self._leaving()
+        """Take rows as they were gathered (Decoder.flush); what leaves early, raw, for want of room."""
+        times = raw.column(raw.schema.get_field_index("collectionTimeMilliseconds")).cast(pa.int64()).to_numpy()
+        starts = times - times % self._length
+        found = np.unique(starts).tolist()
+        for start in found:
+            part = raw if len(found) == 1 else raw.filter(pa.array(starts == start))
+            yield from self._add(start, part)
 
-    def close(self) -> Iterator[pa.RecordBatch]:
-        """The window is over: its rows, raw."""
-        if self._start is not None:
-            yield from self._leaving()
-            self._start = None
+    def close(self, now: float | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows, raw, of each window that is over. now : seconds since the epoch; None: all are."""
+        for start in sorted(self._windows):
+            if now is None or start + self._length <= 1000 * now:
+                yield self._leaving(start)
 
-    def _leaving(self) -> Iterator[pa.RecordBatch]:
-        assert self._start is not None
-        bounds = [
-            pa.scalar(int(1000 * moment), pa.timestamp("ms", "UTC"))
-            for moment in (self._start, self._start + self.window)
-        ]
-        parts, self._parts = self._parts, []
-        if parts:
-            rows = self._grouped(pa.concat_tables(parts)).combine_chunks()
-            columns = [pa.repeat(bound, len(rows)) for bound in bounds] + [column.chunk(0) for column in rows.columns]
-            fields = [pa.field(name, bounds[0].type) for name in BOUNDS]
-            yield pa.RecordBatch.from_arrays(columns, schema=pa.schema([*fields, *self._schema]))
+    def _add(self, start: int, raw: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+        parts = self._windows.setdefault(start, [])
+        parts.append(self._grouped(pa.Table.from_batches([self._columns(raw)])))
+        if sum(len(part) for part in parts[1:]) > max(len(parts[0]), _MERGE):
+            parts[:] = [self._grouped(pa.concat_tables(parts))]
+            if len(parts[0]) > MOST_GROUPS:
+                yield self._leaving(start)
+
+    def _leaving(self, start: int) -> pa.RecordBatch:
+        bounds = [pa.scalar(moment, pa.timestamp("ms", "UTC")) for moment in (start, start + self._length)]
+        rows = self._grouped(pa.concat_tables(self._windows.pop(start))).combine_chunks()
+        columns = [pa.repeat(bound, len(rows)) for bound in bounds] + [column.chunk(0) for column in rows.columns]
+        fields = [pa.field(name, bounds[0].type) for name in BOUNDS]
+        return pa.RecordBatch.from_arrays(columns, schema=pa.schema([*fields, *self._schema]))
 
     def _columns(self, raw: pa.RecordBatch) -> pa.RecordBatch:
         """Of these rows the keys, and what is summed up; null where they have no such column."""

@@ -57,7 +57,7 @@ class Decoder:
         self._encoded: dict[_Key, msgspec.Raw] = {}  # for the state
         self._templates: dict[int, dict[int, _Key]] = {}  # by exporter and name
         self.known = 0
-        self._texts: pa.Array = texts(np.empty((0, 16), np.uint8))
+        self._addressed(self.exporters.table())
         self._layout(_FIRST)
 
     @property
@@ -87,9 +87,24 @@ class Decoder:
 
     def finish(self, raw: pa.RecordBatch) -> pa.RecordBatch:
         """Rows with addresses as text, as they are to leave. What forget() comes after is too late."""
-        if len(self._texts) != len(self.exporters):
-            self._texts = texts(np.ascontiguousarray(self.exporters.table()["address"]))
+        self._look()
         return finished(raw, self._texts)
+
+    def by_address(self, raw: pa.RecordBatch) -> pa.RecordBatch:
+        """Rows with the same number for all exporters of an address, whatever their domains and versions: for sums."""
+        self._look()
+        return raw.set_column(0, raw.schema.field(0), self._first.take(raw.column(0)))
+
+    def _look(self) -> None:
+        if len(self._texts) != len(self.exporters):
+            self._addressed(self.exporters.table())
+
+    def _addressed(self, table: NDArray[np.void]) -> None:
+        """Of all exporters the text of the address, and the first who has the same one."""
+        addresses = np.ascontiguousarray(table["address"])
+        _, first, places = np.unique(addresses.view("V16").ravel(), return_index=True, return_inverse=True)
+        self._texts: pa.Array = texts(addresses)
+        self._first: pa.Array = pa.array(first[places].astype(np.int32))
 
     # Templates
 
@@ -139,10 +154,17 @@ class Decoder:
         return self._layouts[key]
 
     def _clear(self) -> Iterator[pa.RecordBatch]:
-        """Give all rows away, and forget each layout that no template has; if that is not enough, some exporters'."""
+        """Give all rows away, and forget each layout that no template has; if that is not enough, some exporters'.
+
+        Who came first keeps his: those who come with more than anybody needs are not to cost the others theirs.
+        """
         yield from self.flush()
-        while len({key for own in self._templates.values() for key in own.values()}) >= MOST_LAYOUTS // 2:
-            for exporter in list(self._templates)[: len(self._templates) // 2 + 1]:
+        kept: set[_Key] = set()
+        for exporter, own in list(self._templates.items()):
+            more = set(own.values()) - kept
+            if len(kept) + len(more) < MOST_LAYOUTS // 2:
+                kept |= more
+            else:
                 del self._templates[exporter]
         self._rebuild()
 
@@ -160,10 +182,14 @@ class Decoder:
 
     # State
 
+    def silent(self, now: float | None = None) -> bool:
+        """Whether forget() has anybody to forget: then exporters get new numbers, and raw rows of before are void."""
+        return not bool(_heard(self.exporters.table(), now).all())
+
     def forget(self, now: float | None = None) -> Iterator[pa.RecordBatch]:
         """Forget exporters that have been silent for an hour; rows are given away first, as by `flush`."""
         table = self.exporters.table()
-        heard = table["heard"] >= int(1000 * (time.time() if now is None else now)) - _FORGOTTEN
+        heard = _heard(table, now)
         if heard.all():
             return
         yield from self.flush()
@@ -174,7 +200,7 @@ class Decoder:
     def _replace(self, table: NDArray[np.void], templates: dict[int, dict[int, _Key]]) -> None:
         self.exporters.replace(table)
         self._templates = templates
-        self._texts = texts(np.ascontiguousarray(table["address"]))
+        self._addressed(table)
         self._rebuild()
 
     def snapshot(self) -> bytes:
@@ -203,3 +229,9 @@ class Decoder:
         for exporter, name, place in state.templates:
             templates.setdefault(exporter, {})[name] = layouts[place]
         self._replace(table, templates)
+
+
+def _heard(table: NDArray[np.void], now: float | None) -> NDArray[np.bool_]:
+    """Of whom something has come in the last hour."""
+    since = int(1000 * (time.time() if now is None else now)) - _FORGOTTEN
+    return np.asarray(table["heard"] >= since)

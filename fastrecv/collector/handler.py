@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 import numpy as np
@@ -22,6 +23,7 @@ from fastrecv.collector.settings import CollectorSettings
 
 __all__ = ["Collector"]
 
+_LOG = logging.getLogger("fastrecv.collector")
 _ROWS = 1 << 16  # that are gathered until they are given to the sink
 _EVERY_BATCH = 256  # exporters and templates, up to which the state is kept after every batch
 _PAUSE = 10  # where they are more: between two times this often the time that one takes
@@ -105,29 +107,45 @@ class Collector:
         while True:
             now = time.time()
             await asyncio.sleep(min(self._settings.flush, window - now % window))
-            self._leave(self._decoder.flush())
-            if time.time() // window > self._since // window:
-                self._end_windows()
-                for raw in self._decoder.forget():
-                    self._publish(raw)
-                self._reported = self._decoder.exporters.table()
+            try:
+                self._look()
+            except (
+                Exception
+            ) as error:  # no memory for what somebody has sent, say: the next look is to come all the same
+                _LOG.error("rows are lost: %s", str(error) or type(error).__name__)
+
+    def _look(self) -> None:
+        window, now = self._settings.window, time.time()
+        self._leave(self._decoder.flush())
+        if now // window != self._since // window:  # a clock may be set back, too
+            self._end_windows(now)
+            if self._aggregation is not None and self._decoder.silent(now):
+                self._publish(self._aggregation.close())  # sums are by the numbers that exporters have now
+            self._leave(self._decoder.forget(now))
+            self._reported = self._decoder.exporters.table()
 
     def _leave(self, raws: Iterable[pa.RecordBatch]) -> None:
+        """Rows of flows, raw, or the sums of them, go to the sink: of all templates together."""
+        self._publish(raws if self._aggregation is None else self._summed(self._aggregation, raws))
+
+    def _summed(self, aggregation: Aggregation, raws: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for raw in raws:
-            if self._aggregation is None:
-                self._publish(raw)
-                continue
-            for row in self._aggregation.add(raw):
-                self._publish(row)
+            yield from aggregation.add(self._decoder.by_address(raw))
 
-    def _publish(self, raw: pa.RecordBatch) -> None:
-        self._flows.publish(self._decoder.finish(raw))
+    def _publish(self, raws: Iterable[pa.RecordBatch]) -> None:
+        ready: list[pa.RecordBatch] = []
+        for raw in raws:
+            ready.append(self._decoder.finish(raw))
+            if sum(map(len, ready)) >= _ROWS:
+                self._flows.publish(*ready)
+                ready = []
+        if ready:
+            self._flows.publish(*ready)
 
-    def _end_windows(self) -> None:
-        """Nothing is gathered: the window's rows leave, and what exporters have sent."""
+    def _end_windows(self, now: float | None = None) -> None:
+        """Nothing is gathered: the rows of windows that are over by now leave, and what exporters have sent."""
         if self._aggregation is not None:
-            for row in self._aggregation.close():
-                self._publish(row)
+            self._publish(self._aggregation.close(now))
         now, table = time.time(), self._decoder.exporters.table()
         if self._exporters is not None:
             counts = rows(table, self._reported, self._since, now)

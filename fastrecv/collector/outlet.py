@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from fastrecv.collector.union import Union
 from fastrecv.sinks import Sink, SinkFull, parsed
+from fastrecv.sinks.urls import shown
 
 __all__ = ["Outlet"]
 
@@ -34,19 +35,17 @@ class Outlet:
         assert self._sink is not None
         self._sink.open()
 
-    def publish(self, record: pa.RecordBatch) -> None:
-        """Give rows to the sink; where it does not take them, say so and count them."""
+    def publish(self, *records: pa.RecordBatch) -> None:
+        """Give rows to the sink, at once: its patience is waited for once. What it does not take is counted."""
+        rows = sum(map(len, records))
         try:
             sink = self._opened()
-            if sink is not None:
-                sink.publish(self._union.fit(record))
-                self.taken += len(record)
+            if sink is not None and self._accepted(sink, self._union.joined(*records)):
+                self.taken += rows
                 return
-        except SinkFull as error:
-            self._log.error("%d rows are lost: %s", len(record), error)
         except Exception as error:  # of whatever engine: a disk that is full will have room again
             self._fail(error)
-        self.lost += len(record)
+        self.lost += rows
 
     def close(self, timeout: float) -> None:
         """Wait so many seconds for what the sink has taken, and let go of it."""
@@ -55,7 +54,16 @@ class Outlet:
             try:
                 sink.close(timeout)
             except Exception as error:  # as above
-                self._log.error("%s: %s", self._url, error)
+                self._log.error("%s: %s", shown(self._url), error)
+
+    def _accepted(self, sink: Sink, record: pa.RecordBatch) -> bool:
+        """Whether it has; where it refuses these rows alone it stays open."""
+        try:
+            sink.publish(record)
+        except (SinkFull, TypeError, ValueError) as error:
+            self._log.error("%d rows are lost: %s", len(record), error)
+            return False
+        return True
 
     def _opened(self) -> Sink | None:
         if self._sink is None and time.monotonic() >= self._again:
@@ -65,6 +73,6 @@ class Outlet:
         return self._sink
 
     def _fail(self, error: Exception) -> None:
-        self._log.error("%s has failed, and is opened again in %g s: %s", self._url, _AGAIN, error)
+        self._log.error("%s has failed, and is opened again in %g s: %s", shown(self._url), _AGAIN, error)
         self._again = time.monotonic() + _AGAIN
         self.close(0)

@@ -73,7 +73,10 @@ def key_field(name: str) -> pa.Field:
 
 def planned(fields: tuple[Field, ...], relative: bool) -> tuple[tuple[Shape, ...], Layout]:
     """The columns that the records of these fields make, named so that no two are alike, and how they are put there."""
-    wanted = [(field, place) for place, field in enumerate(fields) if (field.enterprise, field.number) != (0, PADDING)]
+    wanted = [
+        (field, place) for place, field in enumerate(fields)
+        if field.length and (field.enterprise, field.number) != (0, PADDING)
+    ]  # fmt: skip
     wanted.sort(key=lambda one: (one[0].enterprise, one[0].number, one[1]))
     names, columns = Counter(META_COLUMNS), dict[int, int]()
     shapes: list[Shape] = []

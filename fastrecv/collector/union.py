@@ -6,12 +6,15 @@ that a new file is begun only where there is a column that was never seen before
 
 from __future__ import annotations
 
+import logging
+
 import pyarrow as pa
 
 from fastrecv.collector.elements import META_COLUMNS, named
 
 __all__ = ["MOST_UNNAMED", "Union"]
 
+_LOG = logging.getLogger("fastrecv.collector")
 MOST_UNNAMED = 256
 """Columns whose names are not IANA's, at most: anybody can make them up. Further ones are left out."""
 
@@ -43,7 +46,16 @@ class Union:
             schema=self.schema,
         )
 
+    def joined(self, *records: pa.RecordBatch) -> pa.RecordBatch:
+        """The rows of all of them as one."""
+        for record in records:
+            self._grow(record.schema)
+        fitted = [self.fit(record) for record in records]
+        return fitted[0] if len(fitted) == 1 else pa.Table.from_batches(fitted).combine_chunks().to_batches()[0]
+
     def _grow(self, schema: pa.Schema) -> None:
+        if schema == self.schema:
+            return
         fields = list(self.schema)
         for field in schema:
             place = self._places.get(field.name)
@@ -53,6 +65,10 @@ class Union:
                 continue
             if field.name not in named() and field.name not in META_COLUMNS:
                 if self._unnamed >= MOST_UNNAMED:
+                    if not self.left_out:
+                        _LOG.warning(
+                            "%d columns have names that are not IANA's: further ones are left out", MOST_UNNAMED
+                        )
                     self.left_out += 1
                     continue
                 self._unnamed += 1

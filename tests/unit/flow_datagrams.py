@@ -86,8 +86,8 @@ def record5(packets: int, octets: int) -> bytes:
     return bytes(16) + struct.pack("!II", packets, octets) + bytes(24)
 
 
-def sent5(sequence: int, *records: bytes) -> bytes:
-    return struct.pack("!HHIIIIBBH", 5, len(records), 1, 2, 3, sequence, 1, 4, 0) + b"".join(records)
+def sent5(sequence: int, *records: bytes, engine: int = 4) -> bytes:
+    return struct.pack("!HHIIIIBBH", 5, len(records), 1, 2, 3, sequence, 1, engine, 0) + b"".join(records)
 
 
 def batch(*datagrams: bytes, source: str = EXPORTER) -> Batch:

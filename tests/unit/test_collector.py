@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,19 @@ from fastrecv.collector.outlet import Outlet
 from fastrecv.collector.settings import VARIABLE, CollectorSettings
 from fastrecv.collector.union import Union
 from fastrecv.workers.handlers import HandlerError, load
-from tests.unit.flow_datagrams import IPFIX, NETFLOW9, OCTETS, Taken, a_set, batch, sent, template, templates
+from tests.unit.flow_datagrams import (
+    IPFIX,
+    NETFLOW9,
+    OCTETS,
+    Taken,
+    a_set,
+    batch,
+    record5,
+    sent,
+    sent5,
+    template,
+    templates,
+)
 
 DATAGRAM = sent(NETFLOW9, 1, templates(NETFLOW9, template(256, [(OCTETS, 4)])), a_set(256, (1500).to_bytes(4)))
 NEXT = sent(NETFLOW9, 2, a_set(256, (40).to_bytes(4)))
@@ -35,6 +49,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         sink=f"jsonl:{tmp_path}/flows", exporters=f"jsonl:{tmp_path}/exporters", window=3600, flush=0.01
     ).give()
     return tmp_path
+
+
+class Clock:
+    """In place of the module: the time is what it is told to be."""
+
+    def __init__(self, now: float) -> None:
+        self.now, self.monotonic = now, time.monotonic
+
+    def time(self) -> float:
+        return self.now
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -94,13 +118,64 @@ def test_a_window_ends_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         one = Collector()
         await one.start()
         one.handle(batch(DATAGRAM, NEXT))
-        while not lines(folder / "exporters"):
+        while not (lines(folder / "exporters") and lines(folder / "flows")):
             await asyncio.sleep(0.01)
         assert [row["octetDeltaCount"] for row in lines(folder / "flows")] == [1540]
         await one.stop()
 
     asyncio.run(live())
     assert len(lines(folder / "exporters")) == 1, "a window in which nothing came has no row"
+
+
+def test_what_fails_once_does_not_end_the_looks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    finish, failed = Decoder.finish, list[pa.RecordBatch]()
+
+    def without_memory(decoder: Decoder, raw: pa.RecordBatch) -> pa.RecordBatch:
+        if not failed:
+            failed.append(raw)
+            raise MemoryError
+        return finish(decoder, raw)
+
+    async def live() -> None:
+        one = Collector()
+        await one.start()
+        one.handle(batch(DATAGRAM))
+        while not failed:
+            await asyncio.sleep(0.01)
+        one.handle(batch(NEXT))
+        while not lines(folder / "flows"):
+            await asyncio.sleep(0.01)
+        await one.stop()
+
+    monkeypatch.setattr(Decoder, "finish", without_memory)
+    asyncio.run(live())
+    assert [row["octetDeltaCount"] for row in lines(folder / "flows")] == [40]
+    assert caplog.messages == ["rows are lost: MemoryError"]
+
+
+def test_sums_of_those_who_go_on_are_theirs_when_others_are_forgotten(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handling, "time", clock := Clock(3600.0))
+    CollectorSettings(sink=f"jsonl:{folder}/flows", aggregate=("exporterAddress",), flush=80000, window=3600).give()
+
+    async def live() -> None:
+        one = Collector()
+        await one.start()
+        one._leave(one._decoder.take(batch(DATAGRAM, source="192.0.2.1"), 3600.0))
+        one._leave(one._decoder.take(batch(DATAGRAM, NEXT, source="192.0.2.2"), 10799.0))
+        one._leave(one._decoder.take(batch(AFTER, source="192.0.2.2"), 10800.0))  # after the end, before the look
+        clock.now = 10800.1
+        one._look()
+        assert len(one._decoder.exporters) == 1
+        await one.stop()
+
+    asyncio.run(live())
+    found = {(row["flowStartMilliseconds"][11:16], row["exporterAddress"], row["octetDeltaCount"])
+             for row in lines(folder / "flows")}  # fmt: skip
+    assert found == {("01:00", "192.0.2.1", 1500), ("02:00", "192.0.2.2", 1540), ("03:00", "192.0.2.2", 50)}
 
 
 def test_a_sink_that_fails_costs_rows_that_are_counted_and_is_opened_again(
@@ -118,7 +193,7 @@ def test_a_sink_that_fails_costs_rows_that_are_counted_and_is_opened_again(
     one.close(1)
     assert (one.taken, one.lost) == (2, 2)
     assert lines(tmp_path / "flows") == [{"x": 1}, {"x": 2}]
-    assert "flows has failed, and is opened again in 0 s: [Errno 28] No space left on device" in caplog.messages[0]
+    assert "flows' has failed, and is opened again in 0 s: [Errno 28] No space left on device" in caplog.messages[0]
     (tmp_path / "flows").unlink()
     (tmp_path / "flows").mkdir()
     with pytest.raises(IsADirectoryError):
@@ -126,8 +201,6 @@ def test_a_sink_that_fails_costs_rows_that_are_counted_and_is_opened_again(
 
 
 def test_a_sink_without_room_costs_rows_that_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    import os
-
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     one = Outlet(f"jsonl:{tmp_path}/pipe?patience=0")
@@ -143,7 +216,25 @@ def test_a_sink_without_room_costs_rows_that_are_counted(tmp_path: Path, caplog:
     one.close(0)
 
 
-def test_rows_of_many_templates_have_one_schema_and_made_up_names_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_a_sink_refuses_cost_no_others_and_its_password_is_not_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = Outlet(f"nats://user:sec%2Fret@127.0.0.1:9/flows?spool={tmp_path}")
+    one.open()
+    one.publish(pa.record_batch({"x": [b"y" * 2_000_000]}))
+    one.publish(pa.record_batch({"x": [b"y"]}), pa.record_batch({"x": [b"z"]}))
+    assert (one.taken, one.lost) == (2, 1)
+    assert one._sink is not None
+    assert one._sink.statistics().published == 1
+    one.close(0)
+    assert any(said.startswith("1 rows are lost: a row of 2000") for said in caplog.messages)
+    assert "'nats://...@127.0.0.1:9/flows?spool=" in caplog.messages[-1]
+    assert "%2Fret" not in caplog.text
+
+
+def test_rows_of_many_templates_have_one_schema_and_made_up_names_are_bounded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(union, "MOST_UNNAMED", 2)
     found, one = Taken(), Union()
     records = []
@@ -156,9 +247,11 @@ def test_rows_of_many_templates_have_one_schema_and_made_up_names_are_bounded(mo
         records += [one.fit(found.decoder.finish(raw)) for raw in found.decoder.flush()]
     assert one.schema.names[4:] == ["sourceIPv4Address", "sourceIPv6Address", "ie9001", "ie9002", "protocolIdentifier"]
     assert one.left_out == 1
+    assert caplog.messages == ["2 columns have names that are not IANA's: further ones are left out"]
     assert records[-1].schema == records[-2].schema == one.schema
     assert records[-1].schema.field("protocolIdentifier").type == pa.uint64()
     rows = [row for record in records for row in record.to_pylist()]
+    assert one.joined(*records).to_pylist() == [{name: row.get(name) for name in one.schema.names} for row in rows]
     assert [row.get("sourceIPv4Address") for row in rows] == ["0.0.0.0", None, None, "0.0.0.0", None]  # noqa: S104
     assert [row.get("protocolIdentifier") for row in rows] == [None, None, None, 0, 0]
 
@@ -167,7 +260,7 @@ def summed(keys: list[str], *datagrams: bytes) -> list[dict[str, Any]]:
     decoder, one = Decoder(), Aggregation(keys, 60.0)
     list(decoder.take(batch(*datagrams), 1000.0))
     for raw in decoder.flush():
-        assert not list(one.add(raw))
+        assert not list(one.add(decoder.by_address(raw)))
     rows = [row for raw in one.close() for row in decoder.finish(raw).to_pylist()]
     assert not list(one.close())
     return rows
@@ -185,6 +278,30 @@ def test_flows_with_the_same_keys_are_one_row_and_a_key_that_they_lack_is_null()
     assert found == {("10.0.0.1", None): (2, 18, 4), ("10.0.0.2", None): (1, 9, 2), (None, "::"): (1, 0, None)}
     assert [(row["flowStartMilliseconds"].timestamp(), row["flowEndMilliseconds"].timestamp()) for row in rows] == [
         (960, 1020)] * 3  # fmt: skip
+
+
+def test_an_exporter_is_one_whatever_its_domains_and_versions() -> None:
+    five = [sent5(0, record5(1, 10), engine=engine) for engine in (1, 2)]
+    (row,) = summed(["exporterAddress"], *five, DATAGRAM)
+    assert (row["exporterAddress"], row["deltaFlowCount"], row["octetDeltaCount"]) == ("192.0.2.1", 3, 1520)
+    assert len(summed(["exporterAddress", "observationDomainId"], *five, DATAGRAM)) == 3
+
+
+def test_a_row_is_of_the_window_in_which_it_came_however_late_anybody_looks() -> None:
+    decoder, one = Decoder(), Aggregation(["exporterAddress"], 1.0)
+    for now in (100.2, 100.9, 101.1, 104.3):
+        list(decoder.take(batch(DATAGRAM), now))
+    for raw in decoder.flush():
+        assert not list(one.add(raw))
+    over = [row for raw in one.close(104.9) for row in raw.to_pylist()]
+    over += [row for raw in one.close() for row in raw.to_pylist()]
+    found = [(row["flowStartMilliseconds"].timestamp(), row["deltaFlowCount"]) for row in over]
+    assert found == [(100, 2), (101, 1), (104, 1)]
+    list(decoder.take(batch(DATAGRAM), 104.9))
+    for raw in decoder.flush():
+        assert not list(one.add(raw))
+    assert not list(one.close(104.99))
+    assert len(list(one.close(105.0))) == 1
 
 
 def test_a_window_with_too_many_rows_gives_them_away_early(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -335,6 +335,25 @@ def test_layouts_are_bounded_and_those_that_somebody_has_are_kept(monkeypatch: p
     assert (found["flows"], found["unknown"], len(found.decoder._layouts) <= 8) == (100, 0, True)
 
 
+def test_who_comes_with_too_many_layouts_costs_those_before_him_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "MOST_LAYOUTS", 16)
+    found, plain = Taken(), sent(IPFIX, 0, templates(IPFIX, template(256, [(OCTETS, 4)])))
+    for host in range(3):
+        found.take(plain, source=f"192.0.2.{host}")
+    for number in range(100):
+        wild = templates(IPFIX, template(256 + number % 20, [(9000 + number, 4)]))
+        found.take(sent(IPFIX, 0, wild), source=f"203.0.113.{number // 20}")
+    for host in range(3):
+        found.take(sent(IPFIX, 0, a_set(256, bytes(4))), source=f"192.0.2.{host}")
+    assert (found["flows"], found["unknown"], len(found.decoder._layouts) <= 16) == (3, 0, True)
+
+
+def test_a_field_of_no_length_is_no_column() -> None:
+    assert rows(IPFIX, [(82, 0), (4, 1), (9000, 0)], b"\7", b"\x08") == [
+        {"protocolIdentifier": 7}, {"protocolIdentifier": 8}]  # fmt: skip
+    assert rows(IPFIX, [(82, 0), (82, VARIABLE)], b"\1a", b"\0") == [{"interfaceName": "a"}, {"interfaceName": ""}]
+
+
 def test_few_bytes_that_make_many_rows_are_given_away_in_between() -> None:
     found = Taken()
     found.take(sent(NETFLOW9, 0, templates(NETFLOW9, template(256, [(4, 1)]))))
