@@ -47,7 +47,7 @@ __all__ = ["Plan", "Result", "Row", "document", "drained", "run", "send"]
 _ROOM_EACH = 4096  # bytes of buffer for a datagram: a page, and what the kernel charges beside
 _WARM = 0.05  # of the datagrams, sent before
 _QUIET, _IDLE = 0.7, 6_000_000  # so many seconds with less than so many ns of CPU time: it is idle
-_PAIRS = (("parquet", "nfcapd"), ("sums", "nfacctd"))
+_PAIRS = (("arrow", "nfcapd"), ("arrow-lz4", "nfcapd-lz4"), ("sums", "nfacctd"))
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["CONTENDERS", "Contender", "Found", "missing"]
 
@@ -89,9 +92,18 @@ def _ours(*options: str) -> Callable[[Path, int], list[str]]:
 def _of_parquet(folder: Path) -> Found:
     import pyarrow.parquet as pq  # noqa: PLC0415 - an extra
 
+    return _summed(pq.read_table(path, columns=_COUNTED) for path in (folder / "flows").glob("*.parquet"))
+
+
+def _of_arrow(folder: Path) -> Found:
+    from pyarrow import ipc  # noqa: PLC0415 - an extra
+
+    return _summed(ipc.open_stream(path).read_all().select(_COUNTED) for path in (folder / "flows").glob("*.arrows"))
+
+
+def _summed(tables: Iterable[pa.Table]) -> Found:
     sums = [0, 0, 0]
-    for path in (folder / "flows").glob("*.parquet"):
-        table = pq.read_table(path, columns=["packetDeltaCount", "octetDeltaCount"])
+    for table in tables:
         sums[0] += len(table)
         for place, column in enumerate(table.columns, 1):
             sums[place] += sum(column.to_numpy().tolist())
@@ -144,12 +156,17 @@ def _of_package(folder: Path) -> Found:
     return Found(*json.loads((folder / "sums").read_text()))
 
 
+_COUNTED = ["packetDeltaCount", "octetDeltaCount"]
 _KEYS = "exporterAddress,sourceIPv4Address,destinationTransportPort"
 CONTENDERS = {
     "parquet": Contender("fastrecv collect, every flow to Parquet", ":pyarrow", "pip install 'fastrecv[flow]'",
                          _ours("--sink", "parquet:{folder}/flows?rotate=500ms"), _of_parquet, ended=True),
+    "arrow": Contender("fastrecv collect, every flow to Arrow files", ":pyarrow", "pip install 'fastrecv[flow]'",
+                       _ours("--sink", "arrow:{folder}/flows?rotate=500ms&compression=none"), _of_arrow, ended=True),
     "nfcapd": Contender("nfcapd, every flow to its files", "nfcapd", "Debian package nfdump",
                         _nfcapd(), _of_nfdump, ended=True),
+    "arrow-lz4": Contender("fastrecv collect, the same, LZ4", ":pyarrow", "pip install 'fastrecv[flow]'",
+                           _ours("--sink", "arrow:{folder}/flows?rotate=500ms"), _of_arrow, ended=True),
     "nfcapd-lz4": Contender("nfcapd -y, the same, LZ4", "nfcapd", "Debian package nfdump",
                             _nfcapd("-y"), _of_nfdump, ended=True),
     "sums": Contender("fastrecv collect, sums by three keys", ":pyarrow", "pip install 'fastrecv[flow]'",

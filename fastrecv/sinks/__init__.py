@@ -5,6 +5,7 @@ A Sink takes batches, Arrow record batches or rows, never blocks past its patien
 """
 
 from fastrecv.errors import SinkFull
+from fastrecv.sinks.arrow_files import ArrowFiles
 from fastrecv.sinks.base import BaseSink
 from fastrecv.sinks.engine import Access
 from fastrecv.sinks.interface import Data, Rows, Sink, SinkStatistics
@@ -17,6 +18,7 @@ from fastrecv.sinks.urls import parsed
 
 __all__ = [
     "Access",
+    "ArrowFiles",
     "BaseSink",
     "Data",
     "JetStream",

@@ -1,250 +1,38 @@
-"""Parquet files that are whole or absent: written beside under another name, and renamed when they are finished."""
+"""Parquet files: what every tool reads, smallest on disk."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-import secrets
-import threading
-import time
-from collections import deque
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from fastrecv.errors import SinkFull
-from fastrecv.sinks.base import BaseSink
-from fastrecv.sinks.interface import Data, SinkStatistics
-from fastrecv.sinks.records import pyarrow, record_batch
+from fastrecv.sinks.files import Files, Writer
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = ["Parquet"]
 
-_ROOM = 64 << 20  # bytes that may wait for the disk
-_GROUP_BYTES, _GROUP_ROWS = 16 << 20, 1 << 18  # of a row group, in memory: readers take them one by one
-_SUFFIX = ".parquet"
 
-
-class Parquet(BaseSink):
-    """Files TIME-PID-RANDOM.parquet in a folder, each of one schema; TIME is UTC, of the first row's arrival.
-
-    folder : made where it is missing; any number of processes may share it. rotate : seconds after which a file is
-    finished, whether more comes or not. size : bytes at which it is, about. patience : seconds that publish() waits for
-    the disk when 64 MiB wait already; a thread writes.
-
-    A file appears by rename(2) after fsync(2), with all its rows. What is in no finished file is lost with the process:
-    where that is too much, publish to JetStream, and write files from there. What a dead process leaves, .NAME.tmp, the
-    next open() removes, or renames where it was only the renaming that was missing. Shards make no difference.
-    flush() finishes the file.
-    """
+class Parquet(Files):
+    """NAME.parquet, zstd; options: fastrecv.sinks.files.Files."""
 
     def __init__(
         self, folder: str | os.PathLike[str], *, rotate: float = 60.0, size: int = 64 << 20, patience: float = 5.0
     ) -> None:
-        super().__init__(patience)
-        if not rotate > 0 or size < 1:
-            raise ValueError(f"files of {rotate} s and {size} bytes: give more than 0")
-        self._folder, self._rotate, self._size = Path(folder), rotate, size
-        self._changed = threading.Condition()
-        self._queue: deque[pa.RecordBatch] = deque()
-        self._waiting_bytes = self._rows = self._published = self._finished = self._wanted = 0
-        self._error: Exception | None = None
-        self._file: _File | None = None  # the thread's own
-        self._thread = threading.Thread(target=self._run, name="fastrecv-parquet", daemon=True)
-
-    def open(self) -> None:
-        self._opening()
-        pyarrow()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for left in self._folder.glob(f".*{_SUFFIX}.tmp"):
-            _settle(left)
-        self._thread.start()
-
-    def publish(self, data: Data, shard: int = 0) -> None:
-        self._check(shard)
-        record = record_batch(data)
-        if not len(record):
-            return
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._error or self._waiting_bytes < _ROOM, self.patience):
-                raise SinkFull(f"{self._folder}: the disk has not taken what waits for {self.patience:g} s")
-            self._raise()
-            self._queue.append(record)
-            self._waiting_bytes += record.nbytes
-            self._rows += len(record)
-            self._published += 1
-            self._changed.notify_all()
-
-    def flush(self, timeout: float | None = None) -> None:
-        self._check()
-        with self._changed:
-            self._wanted = target = self._published
-            self._changed.notify_all()
-            done = self._changed.wait_for(lambda: self._error or self._finished >= target, timeout)
-            self._raise()
-            if not done:
-                raise TimeoutError(f"{self._folder}: {target - self._finished} messages are in no finished file yet")
-
-    def close(self, timeout: float | None = None) -> None:
-        if self._closed or not self._opened:
-            return
-        try:
-            self.flush(timeout)
-        finally:
-            with self._changed:
-                self._closed = True
-                self._changed.notify_all()
-            if timeout is None or self._finished >= self._published or self._error:
-                self._thread.join()
-
-    def statistics(self) -> SinkStatistics:
-        with self._changed:
-            return SinkStatistics(
-                rows=self._rows, published=self._published, acknowledged=self._finished,
-                waiting=self._published - self._finished, spooled_bytes=self._waiting_bytes,
-            )  # fmt: skip
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise OSError(getattr(self._error, "errno", None) or 0, f"{self._folder}: {self._error}") from self._error
-
-    def _run(self) -> None:
-        try:
-            while self._step():
-                pass
-        except Exception as error:  # a full disk, or whatever Arrow refuses: publish() says it
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
-        finally:
-            if self._file is not None:
-                self._file.abandon()
-
-    def _step(self) -> bool:
-        """Write what waits, and finish the file where it is due; False when the sink is closed."""
-        with self._changed:
-            due = None if self._file is None else max(self._file.opened + self._rotate - time.monotonic(), 0)
-            self._changed.wait_for(lambda: self._queue or self._closed or self._wanted > self._finished, due)
-            records, wanted = list(self._queue), self._wanted
-            self._queue.clear()
-            if self._closed and not records:
-                return False
-        for record in records:
-            if self._file is not None and self._file.schema != record.schema:
-                self._finish()
-            self._file = self._file or _File(self._folder, record.schema, min(_GROUP_BYTES, self._size))
-            self._file.add(record)
-            with self._changed:
-                self._waiting_bytes -= record.nbytes
-                self._changed.notify_all()
-            if self._file.size >= self._size or time.monotonic() - self._file.opened >= self._rotate:
-                self._finish()
-        late = self._file is not None and time.monotonic() - self._file.opened >= self._rotate
-        if late or wanted > self._finished:
-            self._finish()
-        return True
-
-    def _finish(self) -> None:
-        if self._file is not None:
-            self._file.finish()
-            with self._changed:
-                self._finished += self._file.messages
-                self._changed.notify_all()
-            self._file = None
+        super().__init__(_Format(), folder, rotate, size, patience)
 
 
-class _File:
-    """One that is being written; locked while its process lives."""
+class _Format:
+    suffix = ".parquet"
+    group = 16 << 20  # readers take row groups one by one
 
-    def __init__(self, folder: Path, schema: pa.Schema, group: int) -> None:
+    def writer(self, out: IO[bytes], schema: pa.Schema) -> Writer:
         from pyarrow import parquet  # noqa: PLC0415 - optional
 
-        self.opened, self.messages, self.schema = time.monotonic(), 0, schema
-        self._pending: list[pa.RecordBatch] = []
-        self._group, self._pending_bytes, self._pending_rows = group, 0, 0
-        self._path, self._out = _begun(folder)
-        self._writer = parquet.ParquetWriter(self._out, schema, compression="zstd")
+        made: Any = parquet.ParquetWriter(out, schema, compression="zstd")
+        return made  # type: ignore[no-any-return] # pyarrow ships no types
 
-    @property
-    def size(self) -> int:
-        """Bytes that are written."""
-        return int(self._out.tell())
+    def check(self, file: IO[bytes]) -> None:
+        from pyarrow import parquet  # noqa: PLC0415 - optional
 
-    def add(self, record: pa.RecordBatch) -> None:
-        self.messages += 1
-        self._pending.append(record)
-        self._pending_bytes += record.nbytes
-        self._pending_rows += len(record)
-        if self._pending_bytes >= self._group or self._pending_rows >= _GROUP_ROWS:
-            self._write()
-
-    def finish(self) -> None:
-        """Make it appear."""
-        self._write()
-        self._writer.close()
-        self._out.flush()
-        os.fsync(self._out.fileno())
-        _appear(self._path)
-        self._out.close()
-
-    def abandon(self) -> None:
-        with contextlib.suppress(OSError):
-            self._path.unlink()
-        for end in (self._writer.close, self._out.close):
-            with contextlib.suppress(Exception):  # a disk that is full is full for the footer too
-                end()
-
-    def _write(self) -> None:
-        if self._pending:
-            table = pyarrow().Table.from_batches(self._pending)
-            self._writer.write_table(table, row_group_size=_GROUP_ROWS)
-            self._pending, self._pending_bytes, self._pending_rows = [], 0, 0
-
-
-def _begun(folder: Path) -> tuple[Path, Any]:
-    """A new file under the name it has until it is finished, open and locked."""
-    while True:
-        now = datetime.now(UTC)
-        path = folder / f".{now:%Y%m%dT%H%M%S.%fZ}-{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}.tmp"
-        out = path.open("xb")
-        if _locked(out.fileno(), path):
-            return path, out
-        out.close()  # somebody's open() was quicker and has taken it for a dead process's
-
-
-def _locked(fd: int, path: Path) -> bool:
-    """Whether this process is now the one that holds the file, and it is still there."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return path.stat().st_ino == os.fstat(fd).st_ino
-    except (BlockingIOError, FileNotFoundError):
-        return False
-
-
-def _appear(path: Path) -> None:
-    path.rename(path.with_name(path.name.removeprefix(".").removesuffix(".tmp")))
-    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _settle(path: Path) -> None:
-    """Finish what a dead process left, or remove it; what is a live one's stays."""
-    import pyarrow as pa  # noqa: PLC0415 - optional
-    from pyarrow import parquet  # noqa: PLC0415
-
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as left:  # settled by another process meanwhile
-        if not _locked(left.fileno(), path):
-            return
-        try:
-            parquet.read_metadata(left)
-        except (pa.ArrowException, OSError):  # no footer: no reader could make anything of it
-            path.unlink()
-            return
-        os.fsync(left.fileno())
-        _appear(path)
+        parquet.read_metadata(file)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
+from fastrecv.sinks.arrow_files import ArrowFiles
 from fastrecv.sinks.engine import Access
 from fastrecv.sinks.interface import Sink
 from fastrecv.sinks.jetstream import JetStream
@@ -29,7 +30,7 @@ Option = tuple[str, Callable[[str], Any]]
 def parsed(url: str) -> Sink:
     """The sink that a text names; not opened yet.
 
-    jsonl:-, jsonl:/file, parquet:/folder?rotate=60s&size=64M,
+    jsonl:-, jsonl:/file, parquet:/folder?rotate=60s&size=64M, arrow:/folder?rotate=60s&size=64M&compression=lz4,
     nats://user:password@host:4222,host2:4222/prefix?spool=/folder&stream=NAME, or tls:// in place of nats:// to insist
     on TLS, and token@ in place of user:password@. The last has also spool-size=1G, full=block|drop-oldest, window=256,
     and the files nkey, ca, certificate, key. All have patience=5s.
@@ -145,6 +146,7 @@ def _jetstream(tls: bool, rest: str) -> Sink:
 
 
 _SINKS: Mapping[str, Callable[[str], Sink]] = {
+    "arrow": partial(_filed, ArrowFiles, _FILES | {"compression": ("compression", str)}, "arrow:/folder"),
     "jsonl": partial(_filed, JsonLines, _PATIENCE, "jsonl:- or jsonl:/file"),
     "nats": partial(_jetstream, False),
     "parquet": partial(_filed, Parquet, _FILES, "parquet:/folder"),

@@ -1,4 +1,4 @@
-"""Parquet files: whole or absent, rotated, readable by those who are to read them."""
+"""Files of rows: whole or absent, rotated, readable by those who are to read them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import ipc
 
 from fastrecv import Receiver
-from fastrecv.sinks import Parquet, Sink, SinkFull, parsed
+from fastrecv.sinks import ArrowFiles, Parquet, Sink, SinkFull, parsed
+
+Made = type[Parquet] | type[ArrowFiles]
+BOTH = pytest.mark.parametrize("made", [Parquet, ArrowFiles])
 
 
 def files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.parquet"))
+    return sorted([*folder.glob("*.parquet"), *folder.glob("*.arrows")])
+
+
+def read(path: Path) -> pa.Table:
+    return pq.read_table(path) if path.suffix == ".parquet" else ipc.open_stream(path).read_all()
 
 
 def numbers(folder: Path) -> list[int]:
-    return [number for path in files(folder) for number in pq.read_table(path)["n"].to_pylist()]
+    return [number for path in files(folder) for number in read(path)["n"].to_pylist()]
 
 
 def until(found: Callable[[], object], seconds: float = 10) -> None:
@@ -35,8 +44,9 @@ def until(found: Callable[[], object], seconds: float = 10) -> None:
         time.sleep(0.01)
 
 
-def test_what_was_published_is_in_one_file_when_the_sink_is_closed(tmp_path: Path) -> None:
-    with Parquet(tmp_path / "new") as sink:
+@BOTH
+def test_what_was_published_is_in_one_file_when_the_sink_is_closed(made: Made, tmp_path: Path) -> None:
+    with made(tmp_path / "new") as sink:
         for number in range(100):
             sink.publish([{"n": number}], number % 3)
         sink.publish([])
@@ -74,8 +84,9 @@ def test_received_batches_are_read_by_duckdb_and_pyarrow(tmp_path: Path) -> None
     assert found == [(200, 19900, port, True, "00000000000000000000FFFF7F000001")]
 
 
-def test_a_file_is_finished_by_time_though_nothing_more_comes(tmp_path: Path) -> None:
-    with Parquet(tmp_path, rotate=0.1) as sink:
+@BOTH
+def test_a_file_is_finished_by_time_though_nothing_more_comes(made: Made, tmp_path: Path) -> None:
+    with made(tmp_path, rotate=0.1) as sink:
         sink.publish([{"n": 0}])
         until(lambda: files(tmp_path))
         sink.publish([{"n": 1}])
@@ -83,8 +94,9 @@ def test_a_file_is_finished_by_time_though_nothing_more_comes(tmp_path: Path) ->
     assert numbers(tmp_path) == [0, 1]
 
 
-def test_a_file_is_finished_by_size_and_another_schema_begins_another(tmp_path: Path) -> None:
-    with Parquet(tmp_path, size=100_000) as sink:
+@BOTH
+def test_a_file_is_finished_by_size_and_another_schema_begins_another(made: Made, tmp_path: Path) -> None:
+    with made(tmp_path, size=100_000) as sink:
         for number in range(10):
             sink.publish([{"n": number, "pad": os.urandom(50_000)}])
         sink.publish([{"n": 10, "other": 1}])
@@ -101,26 +113,37 @@ def test_flush_finishes_the_file(tmp_path: Path) -> None:
         assert sink.statistics().waiting == 0
 
 
+def test_rows_with_other_dictionaries_share_an_arrow_file(tmp_path: Path) -> None:
+    with parsed(f"arrow:{tmp_path}?compression=zstd") as sink:
+        for words in (["a", "b"], ["c"], ["b", "d", "a"]):
+            sink.publish(pa.record_batch({"word": pa.array(words).dictionary_encode()}))
+    (path,) = files(tmp_path)
+    assert read(path)["word"].to_pylist() == ["a", "b", "c", "b", "d", "a"]
+
+
 WRITER = """
 import os, sys
-from fastrecv.sinks import Parquet
-from fastrecv.sinks import parquet
+from fastrecv.sinks import files, parsed
 if sys.argv[2] == "before the rename":
-    parquet._appear = lambda path: os.kill(os.getpid(), 9)
-with Parquet(sys.argv[1], size=1000) as sink:
+    files._appear = lambda path: os.kill(os.getpid(), 9)
+with parsed(f"{sys.argv[3]}:{sys.argv[1]}?size=1000") as sink:
     if sys.argv[2] == "before the footer":
-        parquet._File.finish = lambda self: os.kill(os.getpid(), 9)
+        files._File.finish = lambda self: os.kill(os.getpid(), 9)
     sink.publish([{"n": 0, "pad": os.urandom(2000)}])
 """
 
 
+@pytest.mark.parametrize("scheme", ["arrow", "parquet"])
 @pytest.mark.parametrize(("killed", "rows"), [("before the footer", []), ("before the rename", [0])])
-def test_what_a_killed_process_leaves_is_removed_or_finished(tmp_path: Path, killed: str, rows: list[int]) -> None:
-    code = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path), killed], check=False, timeout=20).returncode
+def test_what_a_killed_process_leaves_is_removed_or_finished(
+    tmp_path: Path, killed: str, rows: list[int], scheme: str
+) -> None:
+    words = [sys.executable, "-c", WRITER, str(tmp_path), killed, scheme]
+    code = subprocess.run(words, check=False, timeout=20).returncode
     assert code == -signal.SIGKILL
     assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
     assert files(tmp_path) == []
-    with Parquet(tmp_path):
+    with parsed(f"{scheme}:{tmp_path}"):
         assert numbers(tmp_path) == rows
     assert list(tmp_path.iterdir()) == files(tmp_path)
 
@@ -174,3 +197,8 @@ def test_a_full_disk_is_said_by_the_next_call_and_leaves_no_half_file(tmp_path: 
 def test_what_makes_no_files_is_refused(tmp_path: Path, options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="give"):
         Parquet(tmp_path, **options)
+
+
+def test_a_compression_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="compression 'gzip': give lz4, zstd, none"):
+        parsed(f"arrow:{tmp_path}?compression=gzip")
