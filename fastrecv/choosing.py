@@ -31,7 +31,7 @@ def chosen(address: Address, backend: str, interface: str | None, options: dict[
     """Receiver.open."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: choose {', '.join(BACKENDS)}")
-    by_xdp = {name: value for name, value in options.items() if name in _OF_XDP | _OF_BOTH}
+    by_xdp = {name: value for name, value in options.items() if name in _OF_XDP | _OF_BOTH and value is not None}
     by_socket = {name: value for name, value in options.items() if name not in _OF_XDP}
     if backend == "socket":
         return _because(Receiver.bind(address, **options), "it was asked for")

@@ -52,7 +52,8 @@ class Redirect(Closing):
 
     interface : its name, in the calling thread's network namespace. ports : one, or several, UDP over IPv4 and IPv6.
     addresses : of the interface's, and of its VLANs' (802.1Q); all of them unless given. One that comes later counts
-    from refresh() on. capacity : bytes of a frame at most; longer ones go on to the stack.
+    from refresh() on. frame_size : memory of a frame, 2048 or 4096 bytes; by default what the MTU takes. What is longer
+    than fits in there (CAPACITIES), or than the MTU as it is now, goes on to the stack.
 
     Loading takes CAP_BPF and CAP_NET_ADMIN. Linux 5.18 (bpf_xdp_get_buff_len). Nothing is taken before attach().
     """
@@ -69,18 +70,22 @@ class Redirect(Closing):
         frame_size: int | None = None,
     ) -> None:
         self.interface = Interface.named(interface)
+        if len(self.interface.mac) != 6 or not any(self.interface.mac):
+            raise XdpError(EOPNOTSUPP, f"interface {interface} has no Ethernet frames: AF_XDP takes nothing off it")
         self.ports = _ports(ports)
         self.frame_size = _frame_size(self.interface.mtu) if frame_size is None else frame_size
         if self.frame_size not in CAPACITIES:
             raise ValueError(f"frame_size is {frame_size!r}: give 2048 or 4096")
         self.mode = ""
-        self._asked = None if addresses is None else {ip_address(address) for address in addresses}
+        self._asked = None if addresses is None else _addresses(addresses)
         self._wanted = wanted = self._places()
         self._object = packaged("redirect")
         try:
             self._object.maps["sockets"].max_entries = self.interface.queues
             self._object.maps["places"].max_entries = max(_HASH_ROOM, 2 * len(wanted))
-            self._object.set(capacity=CAPACITIES[self.frame_size])
+            # What is longer than the MTU may be a train that nobody has divided, as in generic mode: the stack knows.
+            longest = min(CAPACITIES[self.frame_size], self.interface.mtu + _ETHERNET)
+            self._object.set(capacity=longest)
             self._object.load()
             bits = np.zeros(65536, np.bool_)
             bits[list(self.ports)] = True
@@ -234,8 +239,14 @@ def _address(packed: bytes) -> Address:
     return ip_address(packed.removeprefix(_MAPPED))
 
 
+def _addresses(given: Iterable[str | Address]) -> set[Address]:
+    if isinstance(given, str) or not isinstance(given, Iterable) or not (listed := list(given)):
+        raise ValueError(f"addresses is {given!r}: give a list of one or several, None for all")
+    return {ip_address(address) for address in listed}
+
+
 def _ports(given: Any) -> frozenset[int]:
-    ports = [given] if isinstance(given, (int, np.integer)) else list(given)
+    ports = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes)) else [given]
     for port in ports:
         if not isinstance(port, (int, np.integer)) or isinstance(port, bool) or not 0 < port <= 65535:
             raise ValueError(f"the port is {port!r}: give numbers from 1 to 65535")

@@ -63,8 +63,9 @@ class XdpReceiver(Receiving[Reader]):
     XdpReceiver.of(redirect) receives from some queues only, where each is to have a receiver of its own.
 
     What cannot be judged here goes on to the stack untouched: fragments, IPv4 options, IPv6 extension headers, nested
-    VLANs, other addresses, other ports. No firewall, no rp_filter and no socket sees what is taken. A card that removes
-    VLAN tags (ethtool: rx-vlan-offload) hides them from XDP: turn that off where VLANs must not be mixed.
+    VLANs, other addresses, other ports. Open a socket at a port for what may come that way, or the stack answers that
+    nobody is there (ICMP). No firewall, no rp_filter and no socket sees what is taken. A card that removes VLAN tags
+    (ethtool: rx-vlan-offload) hides them from XDP: turn that off where VLANs must not be mixed.
 
     Threads may call recv at once. Takes CAP_NET_RAW for the sockets, CAP_BPF and CAP_NET_ADMIN for the program.
     Linux 5.18.
@@ -74,7 +75,8 @@ class XdpReceiver(Receiving[Reader]):
     queues : of the interface to receive from; all unless given. What comes by others goes on to the stack.
     mode : "zero-copy" (the card writes into our memory), "copy" (native XDP and one copy), "generic" (behind the
         driver, for every driver), or "auto", the first of these that works. `mode` says which, `refused` why not the
-        others.
+        others. In generic mode a train that the other end of a veth has left to its card (UDP_SEGMENT, udp(7)) comes as
+        one datagram, unless it is longer than the MTU: the program cannot see that it is one.
     batch_size : datagrams of one batch at most, 1 to 1024. 64.
     ring_size : frames that the kernel may fill ahead, a queue; a power of two. 2048.
     frames : how many there are, a queue; what is above ring_size batches may hold without a loss. Twice ring_size. All
@@ -131,7 +133,7 @@ class XdpReceiver(Receiving[Reader]):
     ) -> None:
         self.redirect = redirect
         self._owns = own
-        self._last: XdpStatistics | None = None
+        self._last: tuple[int, dict[str, int], KernelStatistics] | None = None
         self._reader, self._umem, self.mode, self.refused = opened(redirect, queues, mode, options, attach=own)
         self._batch_size = options.get("batch_size", 64)
         self._outgoing = Outgoing(redirect, self._umem)
@@ -189,15 +191,18 @@ class XdpReceiver(Receiving[Reader]):
         return self._reader.fileno()
 
     def statistics(self) -> XdpStatistics:
-        """Counters, also readable when closed: those of the kernel as they were then."""
-        if self._last is not None:
-            return self._last
-        reader, passed = self._reader, self.redirect.outcomes()
-        passed.pop("taken")
+        """Counters, also readable when closed: held, passed and kernel as they were then."""
+        reader, (held, passed, kernel) = self._reader, self._last or self._outside()
         return XdpStatistics(
             reader.batches, reader.datagrams, reader.bytes, 0, 0, self._outgoing.unanswered, reader.bad_checksum,
-            reader.martian, reader.unreadable, self._umem.held, passed, self._umem.statistics(),
+            reader.martian, reader.unreadable, held, dict(passed), kernel,
         )  # fmt: skip
+
+    def _outside(self) -> tuple[int, dict[str, int], KernelStatistics]:
+        """What others count: frames that are held, what the program has passed on, the kernel's statistics."""
+        passed = self.redirect.outcomes()
+        passed.pop("taken")
+        return self._umem.held, passed, self._umem.statistics()
 
     def refresh(self) -> None:
         """Look for addresses and VLANs of the interface anew: fastrecv.redirect.Redirect.refresh."""
@@ -221,7 +226,7 @@ class XdpReceiver(Receiving[Reader]):
         """
         if self.closed:
             return
-        self._last = self.statistics()
+        self._last = self._outside()
         if self._owns:
             self.redirect.close()
         self._reader.close()

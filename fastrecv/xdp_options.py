@@ -147,6 +147,8 @@ def _poll_busily(umem: Umem, options: XdpOptions) -> None:
 
 
 def _queues(interface: Interface, queues: Sequence[int] | None) -> list[int]:
+    if queues is not None and not isinstance(queues, Sequence):
+        raise TypeError(f"queues is {queues!r}: give a list of their numbers, None for all")
     numbers = list(range(interface.queues)) if queues is None else list(queues)
     for number in numbers:
         if not isinstance(number, int) or not 0 <= number < interface.queues:

@@ -22,6 +22,8 @@ cdef class Reader(Door):
     cdef uint32_t *interfaces  # by number of the VLAN
     cdef uint32_t *martians    # IPv4 addresses, sorted
     cdef int martian_count
+    cdef int changes           # of the host's interfaces: a netlink socket
+    cdef int lost              # errno, once the interface is gone
     cdef pthread_mutex_t *lock
     cdef readonly long long batches, datagrams, bytes, bad_checksum, unreadable, martian
     cdef void look(self, Arena *arena, uint64_t *refused, uint32_t *taken, Tally *tally) noexcept nogil

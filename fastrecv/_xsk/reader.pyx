@@ -5,6 +5,7 @@ ring lies in memory of ours and is not believed unseen. What is left to user spa
 """
 
 import os
+import socket
 import time
 
 import numpy
@@ -18,7 +19,7 @@ from fastrecv._recv.arena cimport Arena, Lease, lease, map4, nothing
 from fastrecv._recv.batch cimport new_batch
 from fastrecv._recv.door cimport Door, wait
 from fastrecv._recv.linux cimport (
-    AF_INET, AF_INET6, MSG_DONTWAIT, SOL_SOCKET, getpid, getsockopt, ntohl, socklen_t,
+    AF_INET, AF_INET6, MSG_DONTWAIT, SOL_SOCKET, close, getpid, getsockopt, ntohl, socklen_t,
 )
 from fastrecv._xsk.umem cimport Queue, Umem
 from fastrecv._xsk.xdp cimport *
@@ -33,6 +34,7 @@ cdef enum:
     _QUEUES = 256
     _AHEAD = 8      # frames whose headers are fetched while one is read: another CPU's cache has them
     _VLANS = 4096   # IEEE 802.1Q: 12 bits
+    _LINKS = 1      # RTMGRP_LINK, include/uapi/linux/rtnetlink.h
 
 MAX_BATCH = <int>_ROWS
 MAX_QUEUES = <int>_QUEUES
@@ -68,6 +70,7 @@ cdef class Reader(Door):
     def __cinit__(self, Umem umem not None, *, int checksums, bint busy):
         cdef epoll_event event
         self.umem = umem
+        self.changes = -1
         self.checksums, self.busy = checksums, busy
         self.interfaces = <uint32_t *>calloc(_VLANS, sizeof(uint32_t))
         self.lock = <pthread_mutex_t *>calloc(1, sizeof(pthread_mutex_t))
@@ -79,7 +82,10 @@ cdef class Reader(Door):
             raise OSError(errno, os.strerror(errno))
         memset(&event, 0, sizeof(event))
         event.events = EPOLLIN
-        for fd in umem.descriptors:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE) as changes:
+            changes.bind((0, _LINKS))
+            self.changes = changes.detach()
+        for fd in (self.changes, *umem.descriptors):
             if epoll_ctl(self.fd, EPOLL_CTL_ADD, fd, &event) < 0:
                 raise OSError(errno, os.strerror(errno))
 
@@ -107,7 +113,7 @@ cdef class Reader(Door):
     def recv(self, timeout):
         """One batch; fastrecv.XdpReceiver.recv."""
         cdef double deadline = deadline_of(timeout), seconds
-        cdef bint waits = timeout is None or timeout > 0
+        cdef bint waits = timeout is None or timeout > 0, waited = False, late
         cdef uint64_t[_ROWS] refused
         cdef uint32_t[_QUEUES] taken
         cdef Lease held
@@ -128,16 +134,17 @@ cdef class Reader(Door):
                         f"{self.umem.held:,} of {self.umem.frames:,} frames are held by batches or views of them and a "
                         "queue has none to receive into: release() or copy() some, or give more frames"
                     )
-                if not waits or (seconds := min(deadline - time.monotonic(), GLANCE)) <= 0:
+                late = not waits or (seconds := min(deadline - time.monotonic(), GLANCE)) <= 0
+                if late or waited:
                     self.gone()
+                if late:
                     return new_batch(nothing(&self.umem.layout), -1)
                 if not tally.refused:
                     with nogil:
                         polled = wait(self.fd, self.wake, seconds)
                     if polled < 0 and polled != -EINTR:
                         raise OSError(-polled, os.strerror(-polled))
-                    if polled == 0:
-                        self.gone()
+                    waited = True
                 PyErr_CheckSignals()
                 if self.closed:
                     raise closed_error()
@@ -258,11 +265,16 @@ cdef class Reader(Door):
         self.umem.refill()
 
     cdef int gone(self) except -1:
-        """Raise ENETDOWN where the interface is no more: nothing else would ever tell."""
+        """Raise ENETDOWN where the interface is no more, each time: the kernel says it once, and its sockets poll as
+        nothing then (xsk_poll, net/xdp/xsk.c), which is why the changes are watched."""
         cdef int code = 0
         cdef socklen_t size = sizeof(code)
+        while recvfrom(self.changes, NULL, 0, MSG_DONTWAIT, NULL, NULL) >= 0:
+            pass
         if getsockopt(self.umem.queues[0].fd, SOL_SOCKET, SO_ERROR, &code, &size) == 0 and code:
-            raise XdpError(code, f"the interface is gone: {os.strerror(code)}")
+            self.lost = code
+        if self.lost:
+            raise XdpError(self.lost, f"the interface {self.umem.interface} is gone: {os.strerror(self.lost)}")
         return 0
 
     cdef int part(self) except -1:
@@ -279,6 +291,9 @@ cdef class Reader(Door):
         Door.shut(self)
         if self.lock != NULL:  # else a door's end that follows ours
             self.umem.detach()
+            if self.changes >= 0:
+                close(self.changes)
+            self.changes = -1
 
     def __dealloc__(self):
         self.shut()

@@ -141,6 +141,7 @@ class Reading:
         with self._rings as rings:
             rings.begin(receiver, self._log)
             yield rings
+            rings.look()
             self._row.rings(*rings.counts())
 
     def _take_row(self) -> bool:
@@ -221,9 +222,11 @@ class Reading:
             self._row.received(source.statistics(), len(batch))
         if now - self._looked > _LOOK or (self._rings is not None and not len(batch)):
             if self._rings is not None:
-                self._row.rings(*self._rings.counts())
+                self._rings.look()
             self._orders.look()
             self._looked = now
+        if self._rings is not None:  # each time: what a killed worker did not tell would count as lost in its rings
+            self._row.rings(*self._rings.counts())
         return batch, now
 
     def _failed(self, batch: Batch) -> None:

@@ -22,6 +22,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable
+from errno import ENODEV
 from functools import partial
 
 import numpy as np
@@ -43,30 +44,36 @@ _BEHIND = 1.0  # seconds that a socket's queue is read before the rings, or afte
 class Rings(Closing):
     """Received from as from a Receiver, by one thread. Made with CAP_NET_RAW; it locks 8 MiB of memory a queue.
 
-    After that no privilege is needed. A queue that cannot be had is said, and its datagrams come by the socket.
+    After that no privilege is needed. A queue that cannot be had is said, and its datagrams come by the socket. So
+    is an interface that is gone, or goes: the socket stays, and serves whatever has its address later.
     """
 
     def __init__(self, queues: Queues, batch_size: int) -> None:
         """Register the memory; queues.sockets is this object's from now on. XdpError."""
         self._options = XdpOptions(batch_size=batch_size)
-        self._interface = Interface.named(queues.interface)
         self._zero_copy = queues.zero_copy
         self._umems: list[Umem] = []
         self._readers: list[Reader] = []
-        self._dropped = 0  # by rings that are closed
+        self._dropped = 0
+        self._gone: str | None = None  # why the interface is no more
+        self._told = False
         self._poll = select.epoll()
         self._sockets = Map.inherited(queues.sockets, np.uint32, np.uint32)
         self._known = self._left = False
         try:
+            self._interface = Interface.named(queues.interface)
             for number in queues.numbers:
                 self._umems.append(reserved(self._interface, [number], queues.frame_size, self._options))
-        except BaseException:
-            self.close()
-            raise
+        except BaseException as error:
+            if not isinstance(error, XdpError) or error.errno != ENODEV:
+                self.close()
+                raise
+            self._gone = str(error)
 
     def begin(self, receiver: Receiver, log: logging.Logger) -> None:
         """Bind the sockets. receiver : of the slot's socket, which stays the caller's to close."""
-        self._receiver = receiver
+        self._receiver, self._log = receiver, log
+        self._tell()
         for umem in list(self._umems):
             try:
                 umem.open(zero_copy=self._zero_copy)
@@ -109,7 +116,21 @@ class Rings(Closing):
         self._sources.extend(self._rings())
 
     def _rings(self) -> list[Callable[[], Batch]]:
-        return [partial(reader.recv, 0) for reader in self._readers]
+        return [partial(self._by_ring, reader) for reader in self._readers]
+
+    def _by_ring(self, reader: Reader) -> Batch:
+        """What a ring has; nothing where the interface is gone."""
+        try:
+            return reader.recv(0)
+        except XdpError as error:
+            self._gone = str(error)
+            self._tell()
+            return Batch.of([])
+
+    def _tell(self) -> None:
+        if self._gone is not None and not self._told:
+            self._told = True
+            self._log.error("%s: datagrams come by sockets alone until the service is started anew", self._gone)
 
     def leave(self, *, to_the_end: bool) -> bool:
         """Let nothing more come by the rings; whether to receive again, as long as there is something.
@@ -128,7 +149,7 @@ class Rings(Closing):
 
     def _close_rings(self) -> None:
         """They have been received to the end, or never will be."""
-        _, self._dropped = self.counts()
+        self.look()
         for reader in self._readers:
             reader.close()
         for umem in self._umems:
@@ -144,15 +165,16 @@ class Rings(Closing):
             batches, datagrams, size = batches + reader.batches, datagrams + reader.datagrams, size + reader.bytes
         return Statistics(batches, datagrams, size, *others)
 
+    def look(self) -> None:
+        """Ask the kernel what it has dropped."""
+        if self._umems:  # else it has been asked
+            kernel = [umem.statistics() for umem in self._umems]
+            self._dropped = sum(one.dropped + one.ring_full for one in kernel)
+            self._dropped += sum(reader.bad_checksum + reader.martian + reader.unreadable for reader in self._readers)
+
     def counts(self) -> tuple[int, int]:
-        """Datagrams that have come by the rings, and those that were taken for them and dropped."""
-        dropped = self._dropped
-        if self._umems:
-            dropped = sum(reader.bad_checksum + reader.martian + reader.unreadable for reader in self._readers)
-        for umem in self._umems:
-            kernel = umem.statistics()
-            dropped += kernel.dropped + kernel.ring_full
-        return sum(reader.datagrams for reader in self._readers), dropped
+        """Datagrams that have come by the rings; and those, at the last look, that were taken for them and dropped."""
+        return sum([reader.datagrams for reader in self._readers]), self._dropped
 
     def close(self) -> None:
         """Close the sockets; what they still hold is lost. Batches stay good."""

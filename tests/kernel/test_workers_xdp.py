@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,6 +166,49 @@ def test_a_kill_costs_what_was_in_the_rings_and_what_comes_later_arrives(wide: C
     assert len(lost) == missing
     assert all(1 <= number <= 10 for _, number in lost)
     assert f"{before.in_rings} datagrams are lost that were in rings of workers that died" in service.log
+
+
+def test_what_a_killed_worker_has_received_is_not_counted_as_lost_in_its_rings(wide: Cable, tmp_path: Path) -> None:
+    """Though it never had an empty batch, on which all is counted anew."""
+    (tmp_path / "brief.py").write_text("import time\ndef handle(batch):\n    time.sleep(0.001)\n")
+    with Service(tmp_path, "brief:handle", *XDP, "--receive-buffer", 16 << 20, bind=BIND) as service:
+        service.begun(2)
+        senders = Senders(wide)
+        for kill in range(4):
+            for _ in range(200):
+                senders.round()
+            os.kill(service.pids(2)[kill % 2], signal.SIGKILL)
+            service.begun(3 + kill)
+
+        counted = -1
+        while (state := standing(service)).total.handled != counted:
+            counted = state.total.handled
+            time.sleep(0.1)
+        missing = senders.sent * SENDERS - state.total.handled - state.total.killed - state.total.kernel_drops
+        assert missing == state.in_rings
+        assert service.stop() == 0
+
+
+def test_a_service_outlives_its_interface_by_its_sockets(wide: Cable, tmp_path: Path) -> None:
+    wide.net.link("set", index=1, state="up")
+    app(tmp_path)
+    with Service(tmp_path, "app:handle", *XDP, bind=BIND) as service:
+        service.begun(2)
+        before = service.pids(2)
+        wide.net.link("del", index=wide.index)
+        service.says("the interface near0 is gone: .*: datagrams come by sockets alone until", 2)
+        wide.net.addr("add", index=1, address=NEAR, prefixlen=32)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"by loopback", (NEAR, PORT))
+            service.noted("by loopback")
+            assert service.pids(2) == before
+            service.send(signal.SIGHUP)
+            service.says("all workers are new")
+            service.says("no interface 'near0' here: choose from lo: datagrams come by sockets alone", 2)
+            sock.sendto(b"by loopback, too", (NEAR, PORT))
+            service.noted("by loopback", "by loopback, too")
+        assert service.stop() == 0
+        assert "Traceback" not in service.log
 
 
 @pytest.mark.proof

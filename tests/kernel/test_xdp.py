@@ -181,6 +181,27 @@ def test_threads_share_a_receiver(cable: Cable) -> None:
     assert sorted(map(int, found)) == list(range(20_000))
 
 
+def test_what_threads_receive_while_it_is_closed_is_counted(cable: Cable) -> None:
+    frames = [cable.datagram(b"%d" % number) for number in range(100)]
+    for _ in range(5):
+        received = [0, 0, 0]
+        receiver = XdpReceiver("near0", PORT, ring_size=512, batch_size=4)
+
+        def receive(place: int, receiver: XdpReceiver = receiver, received: list[int] = received) -> None:
+            for batch in receiver:
+                received[place] += len(batch)
+
+        threads = [threading.Thread(target=receive, args=(place,)) for place in range(3)]
+        for thread in threads:
+            thread.start()
+        for frame in frames:
+            cable.put(frame)
+        receiver.close()
+        for thread in threads:
+            thread.join()
+        assert receiver.statistics().datagrams == sum(received)
+
+
 def test_closing_wakes_who_waits_and_the_batches_stay(cable: Cable) -> None:
     receiver = XdpReceiver("near0", PORT)
     cable.put(cable.datagram(b"kept"))

@@ -87,6 +87,25 @@ def test_a_protocol_is_told_when_its_receiver_is_closed_by_a_thread(cable: Cable
     asyncio.run(main())
 
 
+def test_a_protocol_is_told_that_the_interface_is_gone(cable: Cable) -> None:
+    class Listening(Echo):
+        def error_received(self, error: Exception) -> None:
+            self.transport.abort()
+            told.append(error)
+
+    async def main() -> None:
+        with XdpReceiver("near0", PORT) as receiver:
+            _, protocol = await create_datagram_endpoint(Listening, receiver)
+            await asyncio.to_thread(cable.net.link, "del", index=cable.index)
+            await asyncio.wait_for(protocol.lost, 5)
+
+    told: list[Exception] = []
+    asyncio.run(main())
+    (error,) = told
+    assert isinstance(error, OSError)
+    assert error.errno == errno.ENETDOWN
+
+
 @pytest.mark.parametrize("to", [NEAR, NEAR6])
 def test_answers_leave_by_the_ring_and_by_the_stack_where_that_cannot_be(cable: Cable, to: str) -> None:
     client = cable.client(to)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import select
+import socket
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from typing import Any
 
@@ -184,9 +187,15 @@ def test_each_queue_may_have_a_receiver_of_its_own() -> None:
         (("near9", PORT), {}, "no interface 'near9' here: choose from lo, near0"),
         (("near0", 0), {}, "the port is 0: give numbers from 1 to 65535"),
         (("near0", []), {}, "no port: give one, or several"),
+        (("near0", "2055"), {}, "the port is '2055': give numbers from 1 to 65535"),
+        (("near0", None), {}, "the port is None: give numbers from 1 to 65535"),
+        (("lo", PORT), {}, "interface lo has no Ethernet frames: AF_XDP takes nothing off it"),
         (("near0", [PORT, "x"]), {}, "the port is 'x'"),
         (("near0", PORT), {"addresses": ["192.0.2.9"]}, r"192.0.2.9 not on interface near0: ip address add"),
         (("near0", PORT), {"addresses": ["host"]}, "'host' does not appear to be"),
+        (("near0", PORT), {"addresses": []}, r"addresses is \[\]: give a list of one or several, None for all"),
+        (("near0", PORT), {"addresses": "192.0.2.1"}, "addresses is '192.0.2.1': give a list"),
+        (("near0", PORT), {"queues": 0}, "queues is 0: give a list of their numbers, None for all"),
         (("near0", PORT), {"queues": [1]}, "interface near0 has no queue 1: give 0 to 0"),
         (("near0", PORT), {"queues": []}, "give each once"),
         (("near0", PORT), {"mode": "fast"}, "mode is 'fast': choose auto, zero-copy, copy, generic"),
@@ -221,11 +230,47 @@ def test_however_the_driver_is_driven_all_arrive(cable: Cable, options: XdpOptio
         assert payloads(receiver, 500) == [b"%d" % number for number in range(500)]
 
 
-def test_an_interface_that_goes_is_said(cable: Cable) -> None:
-    with XdpReceiver("near0", PORT) as receiver:
+def test_an_interface_that_goes_is_said_to_everybody_and_each_time(cable: Cable) -> None:
+    with XdpReceiver("near0", PORT) as receiver, ThreadPoolExecutor(3) as threads:
         assert receiver.redirect.attached
+        waiting = [threads.submit(receiver.recv, 10) for _ in range(3)]
+        polled = select.poll()
+        polled.register(receiver.fileno(), select.POLLIN)
         cable.net.link("del", index=cable.index)
-        with pytest.raises(XdpError, match="the interface is gone") as raised:
-            receiver.recv(5)
-        assert raised.value.errno == errno.ENETDOWN
+        for each in waiting:
+            with pytest.raises(XdpError, match="the interface near0 is gone") as raised:
+                each.result()
+            assert raised.value.errno == errno.ENETDOWN
+        with pytest.raises(XdpError, match="the interface near0 is gone"):
+            receiver.recv_nowait()
+        assert polled.poll(0) == []  # nobody turns round and round
         assert not receiver.redirect.attached
+
+
+def test_an_event_loop_is_woken_when_the_interface_goes(cable: Cable) -> None:
+    with XdpReceiver("near0", PORT) as receiver:
+        polled = select.poll()
+        polled.register(receiver.fileno(), select.POLLIN)
+        assert polled.poll(0) == []
+        cable.net.link("set", index=cable.index, mtu=1400)
+        assert polled.poll(2000)
+        assert not len(receiver.recv_nowait())  # another change
+        cable.net.link("del", index=cable.index)
+        assert polled.poll(2000)
+        with pytest.raises(XdpError, match="the interface near0 is gone"):
+            receiver.recv_nowait()
+
+
+UDP_SEGMENT = 103  # include/uapi/linux/udp.h
+
+
+@pytest.mark.parametrize(("mode", "size", "taken"), [("copy", 400, 3), ("copy", 1000, 3), ("generic", 550, 0)])
+def test_a_train_is_divided_or_left_to_the_stack(cable: Cable, mode: str, size: int, taken: int) -> None:
+    """Generic XDP gets it whole, and a frame of ours would hold it."""
+    parts = [letter * size for letter in (b"a", b"b", b"c")]
+    client, server = cable.client(), cable.server()
+    with XdpReceiver("near0", PORT, mode=mode) as receiver:
+        client.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, size)
+        client.send(b"".join(parts))
+        assert payloads(receiver, taken) == parts[:taken]
+        assert [server.recv(9000) for _ in parts[taken:]] == parts[taken:]
