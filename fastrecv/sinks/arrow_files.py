@@ -18,7 +18,7 @@ Compression = Literal["lz4", "zstd", "none"]
 
 
 class ArrowFiles(Files):
-    """NAME.arrows, each an Arrow IPC stream, as JetStream's messages are: pyarrow.ipc.open_stream, polars.read_ipc_stream.
+    """NAME.arrows, each an Arrow IPC stream, as JetStream's messages are (pyarrow.ipc, polars.read_ipc_stream).
 
     Feather, the format of files, allows one dictionary a column, and so would keep all rows until the end.
 
