@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -26,12 +27,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
 
-from callers import HOST, Load
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
+try:
+    from callers import HOST, Load
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+    from cryptography.x509.oid import NameOID
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing.name} is not installed: pip install aioquic, which brings all that is needed here")
 
 HERE = Path(__file__).parent
 
@@ -182,7 +186,8 @@ def _options(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=4433, help="of the servers, on loopback (default: 4433)")
     parser.add_argument("--json", action="store_true", help="print a JSON object a line")
     found = parser.parse_args(words)
-    if found.connections < 1 or found.workers < 2 or min(found.seconds, found.pause, found.patience) < 0:
+    sensible = all(0 <= time < math.inf for time in (found.seconds, found.pause, found.patience))
+    if found.connections < 1 or found.workers < 2 or not sensible:
         parser.error("give at least one connection and two workers, and no time below 0")
     return found
 

@@ -24,13 +24,14 @@ import time
 from datetime import UTC, datetime
 
 import msgspec
-from kinds import Counter, Gauge, Kind, Sample, made, samples
+from kinds import Counter, Gauge, Kind, Members, Sample, Timer, made, samples
 
 from fastrecv import Batch, sinks
 
 __all__ = ["Aggregates"]
 
 MOST = 50_000  # metrics of a worker, since senders are easily forged; samples of all further ones are refused
+ROOM = 1_000_000  # members of sets and buckets of timers; where they are so many, samples of these are refused
 FORGOTTEN = 3600.0  # seconds of silence until a gauge is
 PATIENCE = 5.0  # seconds for what was written to be where it is going
 REFUSED = "statsd.refused"
@@ -70,6 +71,7 @@ class Aggregates:
         self._metrics: dict[Key, Kept] = {}
         self._encoded: dict[Key, msgspec.Raw] = {}
         self._changed = False
+        self._size = 0  # of sets and timers
 
     async def start(self) -> None:
         self._sink.open()
@@ -102,10 +104,14 @@ class Aggregates:
             if metric is None or len(self._metrics) >= MOST:
                 return False
             kept = Kept(sample.name, sample.kind, 0.0, metric)
+        before = _size(kept.metric)
+        if before is not None and self._size >= ROOM:
+            return False
         try:
             kept.metric.take(sample.value, sample.weight)
         except (ValueError, OverflowError):
             return False
+        self._size += (_size(kept.metric) or 0) - (before or 0)
         self._metrics[key] = kept
         return True
 
@@ -126,6 +132,7 @@ class Aggregates:
         for raw in state.metrics:
             kept = msgspec.msgpack.decode(raw, type=Kept)
             self._metrics[kept.kind, kept.name] = kept
+            self._size += _size(kept.metric) or 0
             self._encode((kept.kind, kept.name), kept)
 
     async def stop(self) -> None:
@@ -144,7 +151,7 @@ class Aggregates:
             await asyncio.sleep(self._every)
             try:
                 self._write()
-            except OSError as error:  # a full disk will have room again: what was counted stays until then
+            except Exception as error:  # a full disk will have room again: what was counted stays until then
                 logging.getLogger("aggregates").error("nothing can be written: %s", error)
 
     def _write(self) -> None:
@@ -159,6 +166,7 @@ class Aggregates:
         for key, kept in list(self._metrics.items()):
             if not isinstance(kept.metric, Gauge) or kept.heard < now - FORGOTTEN:
                 del self._metrics[key], self._encoded[key]
+                self._size -= _size(kept.metric) or 0
                 self._changed = True
 
     def _row(self, kept: Kept, now: float) -> dict[str, object]:
@@ -166,6 +174,11 @@ class Aggregates:
             "since": _moment(self._since), "until": _moment(now), "series": self._series, "number": self._number,
             "name": kept.name, "kind": kept.kind, **kept.metric.row(max(now - self._since, 0.001)),
         }  # fmt: skip
+
+
+def _size(metric: Kind) -> int | None:
+    """Of what grows with its samples; None: it does not."""
+    return metric.size if isinstance(metric, Timer | Members) else None
 
 
 def _moment(seconds: float) -> str:

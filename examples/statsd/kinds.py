@@ -21,6 +21,8 @@ _GROWTH = (1 + ACCURACY) / (1 - ACCURACY)  # from one bucket's end to the next
 _LINE = re.compile(r"(?P<name>[^:|]+):(?P<value>[^|]+)\|(?P<kind>[a-z]+)(?:\|@(?P<rate>[^|]+))?")
 _PERCENTILES = (50, 90, 99)
 _MOST_MEMBERS = 100_000
+_MOST = 1e300  # of any sum, so that neither it nor its rate is ever infinite, which JSON has no word for
+_LONGEST_NAME = 500  # bytes, of which a forger could send 64 KiB
 
 
 class Sample(NamedTuple):
@@ -48,7 +50,9 @@ def _sample(line: bytes) -> Sample | None:
         rate = float(match["rate"] or 1)
     except ValueError:
         return None
-    return Sample(match["kind"], match["name"], match["value"], 1 / rate) if 0 < rate <= 1 else None
+    if not 0 < rate <= 1 or len(match["name"].encode()) > _LONGEST_NAME:
+        return None
+    return Sample(match["kind"], match["name"], match["value"], 1 / rate)
 
 
 class Counter(msgspec.Struct, tag="c"):
@@ -57,8 +61,8 @@ class Counter(msgspec.Struct, tag="c"):
     value: float = 0.0
 
     def take(self, value: str, weight: float) -> None:
-        """ValueError where the value is none; nothing has changed then."""
-        self.value += _number(value) * weight
+        """ValueError where the value is none, or leads too far; nothing has changed then."""
+        self.value = _bounded(self.value + _number(value) * weight)
 
     def row(self, seconds: float) -> dict[str, object]:
         """What is said of so many seconds."""
@@ -72,7 +76,7 @@ class Gauge(msgspec.Struct, tag="g"):
 
     def take(self, value: str, _weight: float) -> None:
         number = _number(value)
-        self.value = self.value + number if value[0] in "+-" else number
+        self.value = _bounded(self.value + number if value[0] in "+-" else number)
 
     def row(self, _seconds: float) -> dict[str, object]:
         return {"value": self.value}
@@ -91,10 +95,10 @@ class Timer(msgspec.Struct, tag="ms"):
         number = _number(value)
         if number < 0:
             raise ValueError("nothing takes less than no time")
+        count, total = _bounded(self.count + weight), _bounded(self.total + number * weight)
         bucket = math.ceil(math.log(number, _GROWTH)) if number else None
         self.buckets[bucket] = self.buckets.get(bucket, 0.0) + weight
-        self.count += weight
-        self.total += number * weight
+        self.count, self.total = count, total
         self.least, self.most = min(self.least, number), max(self.most, number)
 
     def row(self, _seconds: float) -> dict[str, object]:
@@ -113,6 +117,11 @@ class Timer(msgspec.Struct, tag="ms"):
                 break
         return min(max(value, self.least), self.most)
 
+    @property
+    def size(self) -> int:
+        """How many things are kept, which senders make more of."""
+        return len(self.buckets)
+
 
 class Members(msgspec.Struct, tag="s"):
     """How many different ones there are, by 64 bits of a hash; counts no more than _MOST_MEMBERS."""
@@ -125,6 +134,11 @@ class Members(msgspec.Struct, tag="s"):
 
     def row(self, _seconds: float) -> dict[str, object]:
         return {"value": len(self.seen)}
+
+    @property
+    def size(self) -> int:
+        """As of a timer."""
+        return len(self.seen)
 
 
 Kind = Counter | Gauge | Timer | Members
@@ -140,4 +154,10 @@ def _number(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text!r} is no number")
+    return number
+
+
+def _bounded(number: float) -> float:
+    if not -_MOST <= number <= _MOST:
+        raise ValueError(f"{number} is more than {_MOST}")
     return number

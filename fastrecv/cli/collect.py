@@ -46,14 +46,14 @@ def _needed() -> None:
 
 
 @click.command()
-@click.option("--sink", required=True, callback=_sink, metavar="URL",
+@click.option("--sink", envvar="FASTRECV_SINK", required=True, callback=_sink, metavar="URL",
               help="Where flows go: parquet:/var/lib/flows?rotate=60s, jsonl:-, jsonl:/file and others.")  # fmt: skip
 @click.option("--aggregate", callback=_keys, metavar="NAME,...",
               help="Sum flows up, a row for each of these information elements together: "
               "exporterAddress,sourceIPv4Address.  [default: every flow is a row]")  # fmt: skip
 @click.option("--window", type=seconds(0.1, _LONGEST), default=60.0, show_default=True,
               help="Seconds of arrival that --aggregate sums up, and that --exporters counts.")  # fmt: skip
-@click.option("--exporters", callback=_sink, metavar="URL",
+@click.option("--exporters", envvar="FASTRECV_EXPORTERS", callback=_sink, metavar="URL",
               help="Where a row for each exporter and window goes: datagrams, flows, what was lost, unknown, "
               "malformed.  [default: nowhere]")  # fmt: skip
 @click.option("--flush", type=seconds(0.01, _LONGEST), default=1.0, show_default=True,
@@ -66,6 +66,9 @@ def collect(
 
     Exporters keep their worker, and their templates outlive it. Further options, signals, exit codes and `fastrecv
     workers` are those of `fastrecv run`.
+
+    Sinks may stand in the environment instead, FASTRECV_SINK and FASTRECV_EXPORTERS: a password in them is then not in
+    everybody's list of processes.
 
     \b
     fastrecv collect -b 0.0.0.0:2055 --sink jsonl:-

@@ -29,6 +29,7 @@ class Outlet:
         self._again = 0.0
         self._log = logging.getLogger("fastrecv.collector")
         self.taken = self.lost = 0
+        self._before: int | None = None  # what was lost before the sink failed
 
     def open(self) -> None:
         """OSError, ValueError: it cannot be opened."""
@@ -49,6 +50,7 @@ class Outlet:
 
     def close(self, timeout: float) -> None:
         """Wait so many seconds for what the sink has taken, and let go of it."""
+        self._tell()
         if self._sink is not None:
             sink, self._sink = self._sink, None
             try:
@@ -70,9 +72,18 @@ class Outlet:
             sink = parsed(self._url)
             sink.open()
             self._sink = sink
+            self._tell()
         return self._sink
+
+    def _tell(self) -> None:
+        """Say how many rows were lost because the sink had failed."""
+        if self._before is not None and self.lost > self._before:
+            self._log.error("%d rows are lost: the sink had failed", self.lost - self._before)
+            self._before = None
 
     def _fail(self, error: Exception) -> None:
         self._log.error("%s has failed, and is opened again in %g s: %s", shown(self._url), _AGAIN, error)
         self._again = time.monotonic() + _AGAIN
         self.close(0)
+        if self._before is None:
+            self._before = self.lost

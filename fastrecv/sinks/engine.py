@@ -42,9 +42,14 @@ class Access:
     key: str | None = None
 
     def context(self) -> ssl.SSLContext | None:
-        """What TLS is made with; None without. OSError, ValueError: a file cannot be read, or is no certificate."""
+        """What TLS is made with; None without. OSError, ValueError: a file cannot be read, or is not what it should be.
+
+        Where `nkey` is given nkeys must be there: see present().
+        """
         for path in filter(None, (self.ca, self.certificate, self.key, self.nkey)):
             Path(path).read_bytes()  # the errors of ssl do not say which file
+        if self.nkey is not None:
+            _check_seed(self.nkey)
         if self.certificate is None and self.key is not None:
             raise ValueError("a key without its certificate: give certificate too")
         if not (self.tls or self.ca or self.certificate):
@@ -56,6 +61,16 @@ class Access:
         except ssl.SSLError as error:
             raise ValueError(f"{self.certificate or self.ca} and what belongs to it cannot be used: {error}") from None
         return made
+
+
+def _check_seed(path: str) -> None:
+    """ValueError where a file has no seed of an nkey: no server would ever take it."""
+    import nkeys  # noqa: PLC0415 - optional
+
+    try:
+        nkeys.from_seed(bytearray(Path(path).read_bytes().strip()))
+    except (nkeys.NkeysError, ValueError):
+        raise ValueError(f"{path} has no seed of an nkey: give a file with a line like SU...") from None
 
 
 def present(nkey: bool) -> None:
@@ -113,11 +128,15 @@ async def dropped(client: Client) -> None:
 
 async def stream_made(client: Client, name: str, subjects: str) -> None:
     """Make a stream of these subjects unless there is one of that name, which stays as it is."""
-    from nats.js.errors import NotFoundError  # noqa: PLC0415 - optional
+    from nats.js.errors import NotFoundError, ServiceUnavailableError  # noqa: PLC0415 - optional
 
     jetstream = client.jetstream(timeout=_CONNECTING)
     try:
         await jetstream.stream_info(name)
+    except ServiceUnavailableError as error:
+        if error.err_code is not None:  # it is JetStream's own answer
+            raise
+        raise ConnectionError("the server has no JetStream, or it is not ready") from None
     except NotFoundError as error:
         if error.err_code != _NO_STREAM:
             raise

@@ -67,6 +67,7 @@ class Files(BaseSink):
         self._changed = threading.Condition()
         self._queue: deque[pa.RecordBatch] = deque()
         self._waiting_bytes = self._rows = self._published = self._finished = self._wanted = 0
+        self._appeared = 0  # rows
         self._error: Exception | None = None
         self._file: _File | None = None  # the thread's own
         self._thread = threading.Thread(target=self._run, name="fastrecv-files", daemon=True)
@@ -125,7 +126,11 @@ class Files(BaseSink):
 
     def _raise(self) -> None:
         if self._error is not None:
-            raise OSError(getattr(self._error, "errno", None) or 0, f"{self._folder}: {self._error}") from self._error
+            words = getattr(self._error, "strerror", None) or self._error
+            raise OSError(
+                getattr(self._error, "errno", None) or 0,
+                f"{self._folder}: {words}: {self._rows - self._appeared} rows that were taken are in no file",
+            ) from self._error
 
     def _run(self) -> None:
         try:
@@ -168,6 +173,7 @@ class Files(BaseSink):
             self._file.finish()
             with self._changed:
                 self._finished += self._file.messages
+                self._appeared += self._file.rows
                 self._changed.notify_all()
             self._file = None
 
@@ -176,7 +182,7 @@ class _File:
     """One that is being written; locked while its process lives."""
 
     def __init__(self, form: Format, folder: Path, schema: pa.Schema, size: int) -> None:
-        self.opened, self.messages, self.schema = time.monotonic(), 0, schema
+        self.opened, self.messages, self.rows, self.schema = time.monotonic(), 0, 0, schema
         self._pending: list[pa.RecordBatch] = []
         self._size, self._group, self._pending_bytes = size, form.group, 0
         self._path, self._out = _begun(folder, form.suffix)
@@ -189,6 +195,7 @@ class _File:
 
     def add(self, record: pa.RecordBatch) -> None:
         self.messages += 1
+        self.rows += len(record)
         self._pending.append(record)
         self._pending_bytes += record.nbytes
         if self._pending_bytes >= min(self._group, self._size):

@@ -100,7 +100,7 @@ def options(query: str, known: Mapping[str, Option]) -> dict[str, Any]:
 
 def _meant(word: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, list(names), 1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    return f", did you mean {near[0]!r}?" if near and near[0] != word else ""
 
 
 _PATIENCE: dict[str, Option] = {"patience": ("patience", seconds)}
@@ -133,7 +133,7 @@ def _jetstream(tls: bool, rest: str) -> Sink:
     if not place.startswith("//") or not slash:
         raise ValueError("give nats://host:4222/prefix?spool=/folder")
     words = options(query, _ENGINE)
-    if "spool" not in words:
+    if not words.get("spool"):  # an empty path is the folder where the process happens to be
         raise ValueError("has no spool: give spool=/folder, where messages wait while the engine is away")
     who, at, servers = authority.rpartition("@")
     user, colon, password = who.partition(":")

@@ -14,7 +14,7 @@ from typing import Literal
 __all__ = ["Limited", "LogFormat", "about", "opened", "take_uncaught"]
 
 LogFormat = Literal["text", "json"]
-_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
+_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s {name}: %(message)s"
 
 
 class _Json(logging.Formatter):
@@ -30,7 +30,8 @@ class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         said: dict[str, object] = {
-            "time": when.replace("+00:00", "Z"), "level": record.levelname.lower(), "name": record.name.split()[0],
+            "time": when.replace("+00:00", "Z"), "level": record.levelname.lower(),
+            "name": "supervisor" if self._slot is None else "worker",
             "pid": record.process, "message": record.getMessage(),
         }  # fmt: skip
         slot = getattr(record, "slot", self._slot)
@@ -42,13 +43,21 @@ class _Json(logging.Formatter):
 
 
 def opened(form: LogFormat, slot: int | None = None) -> logging.Logger:
-    """The log of this process: the worker of a slot, or the supervisor."""
+    """The log of this process: the worker of a slot, or the supervisor.
+
+    What fastrecv's own modules have to say in a worker, its sinks and its collector, stands in the same log.
+    """
     log = logging.getLogger("supervisor" if slot is None else f"worker {slot} [{os.getpid()}]")
     if not log.handlers:
         log.addHandler(logging.StreamHandler(sys.stderr))
         log.setLevel(logging.INFO)
         log.propagate = False  # what the service's code does with the root logger is its own affair
-    log.handlers[0].setFormatter(_Json(slot) if form == "json" else logging.Formatter(_FORMAT, "%Y-%m-%d %H:%M:%S"))
+        if slot is not None:
+            package = logging.getLogger("fastrecv")
+            package.addHandler(log.handlers[0])
+            package.propagate = False
+    text = logging.Formatter(_FORMAT.format(name=log.name), "%Y-%m-%d %H:%M:%S")
+    log.handlers[0].setFormatter(_Json(slot) if form == "json" else text)
     return log
 
 

@@ -454,3 +454,21 @@ def test_a_file_that_is_missing_is_said_at_once(server: Server, tmp_path: Path) 
         with pytest.raises((FileNotFoundError, ModuleNotFoundError), match=r"none\.pem|nkeys is not installed"):
             sink.open()
         sink.close()
+
+
+def test_a_file_without_a_seed_is_said_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("nkeys", reason="nats-py[nkeys]")
+    seed = tmp_path / "seed"
+    for wrong in (b"", b"root:x:0:0\n", bytes(range(128, 200)), b"SUAM" * 14):
+        seed.write_bytes(wrong)
+        sink = JetStream(Access(["127.0.0.1"], nkey=str(seed)), "flows", tmp_path / "spool")
+        with pytest.raises(ValueError, match=r"/seed has no seed of an nkey: give a file"):
+            sink.open()
+        sink.close()
+
+
+def test_a_server_without_jetstream_is_said(tmp_path: Path) -> None:
+    with Server(tmp_path, "jetstream: disabled") as server:
+        sink = sink_to(server, tmp_path, patience=0.5)
+        with pytest.raises(TimeoutError, match="the server has no JetStream, or it is not ready"), sink:
+            sink.publish([{"n": 0}])

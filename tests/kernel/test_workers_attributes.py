@@ -21,8 +21,10 @@ from tests.kernel.test_workers_cli import refused
 from tests.kernel.test_workers_life import NOBODY
 
 STUBBORN = """
+import logging
 class Stubborn:
     def handle(self, batch):
+        logging.getLogger("fastrecv.sinks").warning("as a sink does")
         raise ValueError("whatever it is")
     def stop(self):
         raise RuntimeError("even at the end")
@@ -144,7 +146,9 @@ def test_logs_are_objects_where_that_is_asked_for(folder: Path) -> None:
         said = [json.loads(line) for line in service.log.splitlines()]
     for event in said:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", event["time"])
-    raised, ended = [event for event in said if event["name"] == "worker"]
+    warned, raised, ended = [event for event in said if event["name"] == "worker"]
+    assert (warned["slot"], warned["pid"], warned["level"]) == (0, first, "warning")
+    assert warned["message"] == "as a sink does"
     assert (raised["slot"], raised["pid"], raised["level"]) == (0, first, "error")
     assert raised["message"] == "the handler has lost a batch of 1 datagrams"
     assert raised["exception"].startswith("Traceback (most recent call last):\n")

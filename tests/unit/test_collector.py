@@ -198,6 +198,7 @@ def test_a_sink_that_fails_costs_rows_that_are_counted_and_is_opened_again(
     (tmp_path / "flows").mkdir()
     with pytest.raises(IsADirectoryError):
         Outlet(f"jsonl:{tmp_path}/flows").open()
+    assert caplog.messages[-1] == "2 rows are lost: the sink had failed"
 
 
 def test_a_sink_without_room_costs_rows_that_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -341,6 +342,21 @@ def test_what_makes_no_sense_is_said_in_one_line(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_sinks_stand_in_the_environment_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.setenv("FASTRECV_SINK", "nats://jane:s3cret@localhost/flows?spool=/tmp/x")
+    monkeypatch.setenv("FASTRECV_EXPORTERS", "jsonl:-")
+    assert run(["collect", "-b", "127.0.0.1:2055", "--check"]) == 0
+    assert "s3cret" not in capsys.readouterr().out
+    assert CollectorSettings.given().sink.startswith("nats://jane:s3cret@")
+    assert CollectorSettings.given().exporters == "jsonl:-"
+    monkeypatch.setenv("FASTRECV_SINK", "none")
+    assert run(["collect", "-b", "127.0.0.1:2055"]) == 2
+    assert "'none' is no sink" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

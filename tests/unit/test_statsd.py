@@ -36,6 +36,8 @@ from fastrecv import Batch
         (b"hits:1", None),
         (b"hits", None),
         (b"\xff:1|c", None),
+        (b"n" * 500 + b":1|c", Sample("c", "n" * 500, "1", 1)),
+        (b"n" * 501 + b":1|c", None),
     ],
 )
 def test_lines(line: bytes, sample: Sample | None) -> None:
@@ -111,6 +113,30 @@ def test_what_is_refused_is_counted_and_costs_no_other_line(rows: Path, monkeypa
     found = Aggregates()
     found.handle(Batch.of([b"a:1|c\nnonsense\nb:x|c\nc:1|y\nd:1|g", b"a:1|c\ne:5|c", b"f:1|c\na:1|c"]))
     assert written(found, rows) == {"a": 3, "d": 1, aggregates.REFUSED: 5}
+
+
+def test_what_would_be_infinite_is_refused_and_nothing_else_is_lost_by_it(rows: Path) -> None:
+    found = Aggregates()
+    found.handle(Batch.of([
+        b"a:1e300|c\na:1e300|c", b"b:1e308|c", b"c:1|c|@1e-320", b"d:1e300|g\nd:+1e300|g", b"e:9e299|ms\ne:9e299|ms",
+        b"f:1|ms|@1e-320", b"g:0|ms|@1e-320", b"h:-1e300|c|@0.5",
+    ]))  # fmt: skip
+    assert found._metrics["ms", "e"].metric.row(0.001)["count"] == 1
+    del found._metrics["ms", "e"], found._encoded["ms", "e"]
+    assert written(found, rows) == {"a": 1e300, "d": 1e300, aggregates.REFUSED: 8}
+
+
+def test_members_and_buckets_are_bounded_until_they_are_written(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregates, "ROOM", 4)
+    first, second = Aggregates(), Aggregates()
+    first.handle(Batch.of([b"s:a|s\ns:a|s\ns:b|s\nt:1|ms"]))
+    second.restore(first.snapshot() or b"")
+    second.handle(Batch.of([b"s:c|s\ns:d|s\nu:1|h\na:1|c\ng:1|g"]))
+    del second._metrics["ms", "t"], second._encoded["ms", "t"]
+    second._size -= 1
+    assert written(second, rows) == {"s": 3, "a": 1, "g": 1, aggregates.REFUSED: 2}
+    second.handle(Batch.of([b"s:e|s"]))
+    assert second._metrics["s", "s"].metric.row(1) == {"value": 1}
 
 
 def test_the_next_worker_has_what_is_not_written_and_gauges(rows: Path) -> None:

@@ -79,7 +79,11 @@ class Consumers:
         for process in self._processes.values():
             process.send_signal(signal.SIGTERM)
         for number, process in self._processes.items():
-            if code := process.wait(_PATIENCE):
+            try:
+                code = process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                raise RuntimeError(f"consumer {number} does not end in {_PATIENCE:g} s") from None
+            if code:
                 log = (self._folder / str(number) / "log").read_text()
                 raise RuntimeError(f"consumer {number} has ended with exit code {code}\n{log}")
 
