@@ -109,9 +109,7 @@ class Collector:
             await asyncio.sleep(min(self._settings.flush, window - now % window))
             try:
                 self._look()
-            except (
-                Exception
-            ) as error:  # no memory for what somebody has sent, say: the next look is to come all the same
+            except Exception as error:  # no memory, say, for what somebody has sent: the next look is to come
                 _LOG.error("rows are lost: %s", str(error) or type(error).__name__)
 
     def _look(self) -> None:
