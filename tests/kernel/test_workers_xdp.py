@@ -26,6 +26,7 @@ from fastrecv.workers.requests import Status, ask
 from fastrecv.workers.status import Service as Standing
 from tests.kernel.cable import NEAR, PORT, Cable, laid
 from tests.kernel.commands import one_line
+from tests.kernel.privileges import need_open_root
 from tests.kernel.supervising import POWERLESS, Service, app, app_for_all, until
 from tests.kernel.test_workers_cli import refused
 
@@ -244,6 +245,7 @@ def test_kills_and_restarts_under_load_account_for_every_datagram(wide: Cable, t
 
 @pytest.mark.parametrize("end", ["SIGTERM", "SIGQUIT", "SIGKILL"])
 def test_the_interface_is_without_a_program_afterwards(wide: Cable, tmp_path: Path, end: str) -> None:
+    need_open_root()
     app_for_all(tmp_path)
     with Service(tmp_path, "app:handle", *XDP, "--user", "nobody", bind=BIND) as service:
         service.begun(2)
