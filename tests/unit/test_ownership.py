@@ -7,24 +7,16 @@ import struct
 import threading
 import time
 
-import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, rule
 
-from fastrecv import Batch, Receiver
-
-
-def content(number: int) -> bytes:
-    """What datagram `number` says: its number, and as many bytes as that gives, none of them by chance."""
-    return struct.pack("<Q", number) + random.Random(number).randbytes(number * 37 % 1500)
+from fastrecv import Receiver
+from tests.holding import Holding, content
 
 
-class Ownership(RuleBasedStateMachine):
-    """Receive, look, copy and let go in any order: every byte that anybody holds stays what was sent.
-
-    What is held stands in lists of its own, since Hypothesis keeps what goes into its bundles.
-    """
+class Ownership(Holding):
+    """Receive, look, copy and let go in any order: every byte that anybody holds stays what was sent."""
 
     gro = False
 
@@ -41,8 +33,6 @@ class Ownership(RuleBasedStateMachine):
         self.limit = arenas + more
         self.sender = Receiver.bind(("127.0.0.1", 0))
         self.sent, self.received = 0, 0
-        self.batches: list[tuple[Batch, list[int]]] = []
-        self.views: list[tuple[memoryview, bytes]] = []
 
     @rule(count=st.integers(1, 12))
     def send(self, count: int) -> None:
@@ -60,53 +50,6 @@ class Ownership(RuleBasedStateMachine):
             return
         self.batches.append((batch, list(range(self.received, self.received + len(batch)))))
         self.received += len(batch)
-
-    @precondition(lambda self: self.batches)
-    @rule(which=st.integers(0, 99), row=st.integers(0, 99), kind=st.integers(0, 7))
-    def look(self, which: int, row: int, kind: int) -> None:
-        batch, numbers = self.batches[which % len(self.batches)]
-        if not numbers:
-            return
-        i = row % len(numbers)
-        whole = content(numbers[i])
-        start, size = int(batch.offsets[i]), int(batch.lengths[i])
-        lengths = np.array([len(content(number)) for number in numbers], np.int32)
-        view, expected = (
-            lambda: (batch[i], whole),
-            lambda: (batch.data[start : start + size].data, whole),
-            lambda: (batch.lengths.data, lengths.tobytes()),
-            lambda: (batch.records("<u8").data, np.array(numbers, np.uint64).tobytes()),
-            lambda: (batch.records("<u8")[i : i + 1].data, whole[:8]),
-            lambda: (np.frombuffer(batch[i], np.uint8)[:5].data, whole[:5]),
-            lambda: (batch[i][2:], whole[2:]),
-            lambda: (batch.packed()[0].data, b"".join(content(number) for number in numbers)),
-        )[kind]()
-        self.views.append((view, expected))
-
-    @precondition(lambda self: self.batches)
-    @rule(which=st.integers(0, 99))
-    def copy(self, which: int) -> None:
-        batch, numbers = self.batches[which % len(self.batches)]
-        self.batches.append((batch.copy(), numbers))
-
-    @precondition(lambda self: self.batches)
-    @rule(which=st.integers(0, 99), explicitly=st.booleans())
-    def let_go(self, which: int, explicitly: bool) -> None:
-        batch, _ = self.batches.pop(which % len(self.batches))
-        if explicitly:
-            batch.release()
-
-    @precondition(lambda self: self.views)
-    @rule(which=st.integers(0, 99))
-    def look_away(self, which: int) -> None:
-        self.views.pop(which % len(self.views))
-
-    @invariant()
-    def every_byte_is_what_was_sent(self) -> None:
-        for batch, numbers in self.batches:
-            assert [payload for payload, _ in batch.datagrams()] == [content(number) for number in numbers]
-        for view, expected in self.views:
-            assert view.tobytes() == expected
 
     def teardown(self) -> None:
         if hasattr(self, "receiver"):
