@@ -49,7 +49,7 @@ sanitize: setup
 		tests/kernel/test_rings.py tests/kernel/test_groups.py tests/unit/test_receiver.py tests/unit/test_batch.py \
 		tests/unit/test_arrow.py tests/unit/test_replies.py tests/unit/test_sockets.py tests/unit/test_ownership.py \
 		tests/kernel/test_xdp.py tests/kernel/test_xdp_answers.py tests/kernel/test_xdp_frames.py \
-		tests/unit/test_flow_decoder.py tests/unit/test_flow_fuzz.py
+		tests/unit/test_flow_decoder.py tests/unit/test_flow_fuzz.py tests/unit/test_flow_memory.py
 
 # The flow decoder under atheris, for FUZZ seconds; what was found interesting stays in build/fuzz.
 FUZZ := 300

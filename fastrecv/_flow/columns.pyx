@@ -6,7 +6,7 @@ of this machine. What is put is of a length that the caller has checked.
 
 import numpy
 
-from cpython.buffer cimport PyBuffer_FillInfo
+from fastrecv._flow.memory cimport claim, given
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
@@ -31,27 +31,15 @@ cdef extern from "<endian.h>" nogil:
     uint64_t be64toh(uint64_t value)
 
 
-cdef class Memory:
-    """Bytes that were a column's, by the buffer protocol; freed with the last who looks at them."""
-
-    cdef void *at
-    cdef Py_ssize_t length
-
-    def __getbuffer__(self, Py_buffer *buffer, int flags):
-        PyBuffer_FillInfo(buffer, self, self.at, self.length, 1, flags)
-
-    def __len__(self):
-        return self.length
-
-    def __dealloc__(self):
-        free(self.at)
-
-
-cdef Memory given(void *at, int64_t length):
-    cdef Memory made = Memory.__new__(Memory)
-    made.at = at
-    made.length = <Py_ssize_t>length
-    return made
+cdef bint claim_all(Store *store, int64_t rows) noexcept with gil:
+    """Memory for so many rows, for columns that have none; False where there is none."""
+    cdef int i
+    for i in range(store.count):
+        if store.columns[i].width and store.columns[i].data == NULL:
+            store.columns[i].data = <uint8_t *>claim(rows * store.columns[i].width)
+            if store.columns[i].data == NULL:
+                return False
+    return True
 
 
 cdef int reserve(Store *store, int64_t rows) noexcept nogil:
@@ -64,6 +52,8 @@ cdef int reserve(Store *store, int64_t rows) noexcept nogil:
         return 0
     while room < store.rows + rows:
         room *= 2
+    if store.rows == 0 and not claim_all(store, room):
+        return -1
     for i in range(store.count):
         column = &store.columns[i]
         if column.width:
@@ -133,9 +123,12 @@ cdef class Columns:
         for i in range(self.store.count):
             column = &self.store.columns[i]
             if column.width:
-                taken.append(given(column.data, rows * column.width))
+                taken.append(given(column.data, rows * column.width, self.store.room * column.width))
             else:
-                taken.append((given(column.offsets, (rows + 1) * 4), given(column.data, column.used)))
+                taken.append((
+                    given(column.offsets, (rows + 1) * 4, (self.store.room + 1) * 4),
+                    given(column.data, column.used, column.room),
+                ))
                 column.offsets = NULL
                 column.used = column.room = 0
             column.data = NULL
@@ -250,6 +243,9 @@ cdef void fill(
         for i in range(rows):
             memcpy(&two, at + i * stride, 2)
             (<uint32_t *>to)[i] = be16toh(two)
+    elif step.kind == Kind.UNSIGNED and step.length == 1 and column.width == 2:
+        for i in range(rows):
+            (<uint16_t *>to)[i] = at[i * stride]
     elif step.kind == Kind.UPTIME and step.length == 4:
         for i in range(rows):
             memcpy(&four, at + i * stride, 4)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from fastrecv._flow import KINDS, META, STEP, Columns, ipv4, ipv6, mac
+from fastrecv._flow import KINDS, META, STEP, Columns, distinct, ipv4, ipv6, mac
 from fastrecv.collector.elements import META_COLUMNS, PADDING, VARIABLE, Field, Shape, named, natural, shape
 
 __all__ = ["Layout", "Schema", "finished", "key_field", "planned", "texts"]
@@ -121,7 +121,7 @@ def _array(kind: pa.DataType, rows: int, memory: Any) -> pa.Array:
 def _finished(field: pa.Field, column: pa.Array, exporters: pa.Array) -> pa.Array:
     abstract = (field.metadata or {}).get(_ABSTRACT, b"").decode()
     if abstract == "exporterAddress":
-        return pa.DictionaryArray.from_arrays(column, exporters)
+        return pa.DictionaryArray.from_arrays(column, exporters, safe=False)
     if abstract in _ADDRESSES:
         return _addresses(abstract, column)
     if abstract == "boolean":  # 1 and 2: RFC 7011, 6.1.5
@@ -135,14 +135,19 @@ def _finished(field: pa.Field, column: pa.Array, exporters: pa.Array) -> pa.Arra
 
 def _addresses(abstract: str, column: pa.Array) -> pa.Array:
     """Few texts for many rows: each address is written once."""
+    if abstract == "ipv4Address" and not column.null_count:
+        places, found = distinct(np.frombuffer(column.buffers()[1], "u4")[column.offset :][: len(column)])
+        indices = pa.Array.from_buffers(pa.int32(), len(column), [None, pa.py_buffer(places)], null_count=0)
+        return pa.DictionaryArray.from_arrays(indices, _texts(ipv4, found), safe=False)
     encoded = column.dictionary_encode()
-    if abstract == "ipv4Address":
-        text = _texts(ipv4, np.frombuffer(encoded.dictionary.buffers()[1], "u4", len(encoded.dictionary)))
-    else:
-        width = column.type.byte_width
-        packed = np.frombuffer(encoded.dictionary.buffers()[1], "u1", width * len(encoded.dictionary))
-        text = _texts(_ADDRESSES[abstract], packed.reshape(-1, width))
-    return pa.DictionaryArray.from_arrays(encoded.indices, text)
+    width = column.type.bit_width // 8
+    packed = np.frombuffer(encoded.dictionary.buffers()[1], "u1", width * len(encoded.dictionary))
+    text = (
+        _texts(ipv4, packed.view("u4"))
+        if abstract == "ipv4Address"
+        else _texts(_ADDRESSES[abstract], packed.reshape(-1, width))
+    )
+    return pa.DictionaryArray.from_arrays(encoded.indices, text, safe=False)
 
 
 def _texts(write: Any, addresses: NDArray[Any]) -> pa.Array:
