@@ -121,7 +121,7 @@ def _array(kind: pa.DataType, rows: int, memory: Any) -> pa.Array:
 def _finished(field: pa.Field, column: pa.Array, exporters: pa.Array) -> pa.Array:
     abstract = (field.metadata or {}).get(_ABSTRACT, b"").decode()
     if abstract == "exporterAddress":
-        return pa.DictionaryArray.from_arrays(column, exporters, safe=False)
+        return pa.DictionaryArray.from_arrays(column, exporters)
     if abstract in _ADDRESSES:
         return _addresses(abstract, column)
     if abstract == "boolean":  # 1 and 2: RFC 7011, 6.1.5

@@ -41,7 +41,7 @@ def test_what_somebody_holds_is_not_written_over() -> None:
 
 def test_what_nobody_holds_is_used_again() -> None:
     decoder = Decoder()
-    places = set()
+    places: set[int] = set()
     for number in range(6):
         raw = gathered(decoder, number)
         places.update(column.buffers()[1].address for column in raw.columns)
