@@ -14,6 +14,7 @@ __all__ = ["collect"]
 
 _HANDLER = "fastrecv.collector.handler:Collector"
 _LONGEST = 86400.0
+_LEAST_FLUSH = 0.01  # seconds: to look more often costs more than it gains
 
 
 def _sink(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
@@ -40,6 +41,12 @@ def _keys(_context: click.Context, _parameter: click.Parameter, value: str | Non
         raise click.BadParameter(str(error)) from None
 
 
+def _flush(_context: click.Context, _parameter: click.Parameter, value: float) -> float:
+    if 0 < value < _LEAST_FLUSH:
+        raise click.BadParameter(f"{value:g}: give 0, or {_LEAST_FLUSH} seconds or more")
+    return value
+
+
 def _needed() -> None:
     if importlib.util.find_spec("pyarrow") is None:
         raise click.UsageError("the collector needs pyarrow: pip install 'fastrecv[flow]'")
@@ -56,8 +63,9 @@ def _needed() -> None:
 @click.option("--exporters", envvar="FASTRECV_EXPORTERS", callback=_sink, metavar="URL",
               help="Where a row for each exporter and window goes: datagrams, flows, what was lost, unknown, "
               "malformed.  [default: nowhere]")  # fmt: skip
-@click.option("--flush", type=seconds(0.01, _LONGEST), default=1.0, show_default=True,
-              help="Seconds that a flow waits at most until the sink has it.")  # fmt: skip
+@click.option("--flush", type=seconds(0, _LONGEST), callback=_flush, default=1.0, show_default=True,
+              help="Seconds that a flow waits at most until the sink has it; 0: after every batch of datagrams, before "
+              "that counts as handled.")  # fmt: skip
 @click.option("--shards", type=int, default=1, show_default=True, metavar="N",
               help="Subjects, a power of two up to 4096, among which a nats: or tls: sink deals rows by the exporter's "
               "address: of every host with the same N an exporter's are in the same one.")  # fmt: skip

@@ -45,7 +45,8 @@ class Collector:
     """Of one worker, and of those who come after it (fastrecv.workers.handlers).
 
     Templates, sequence numbers and counts outlive a worker that is killed; flows that no sink has yet do not: those of
-    the last `flush` seconds, and what a sink holds back itself. ValueError: the settings make no sense.
+    the last `flush` seconds, and what a sink holds back itself. Where `flush` is 0 the sink has all flows of a batch
+    before handle() returns, and so before it counts as handled. ValueError: the settings make no sense.
     """
 
     def __init__(self) -> None:
@@ -69,7 +70,7 @@ class Collector:
     def handle(self, batch: Batch) -> None:
         self._changed = True
         self._leave(self._decoder.take(batch))
-        if self._decoder.pending >= _ROWS:
+        if self._decoder.pending >= (_ROWS if self._settings.flush else 1):
             self._leave(self._decoder.flush())
 
     async def stop(self) -> None:
@@ -108,7 +109,7 @@ class Collector:
         window = self._settings.window
         while True:
             now = time.time()
-            await asyncio.sleep(min(self._settings.flush, window - now % window))
+            await asyncio.sleep(min(self._settings.flush or window, window - now % window))
             try:
                 self._look()
             except Exception as error:  # no memory, say, for what somebody has sent: the next look is to come

@@ -20,14 +20,14 @@ _AGAIN = 5.0  # seconds until a sink that has failed is opened again
 class Outlet:
     """Where record batches leave. url : of a sink (fastrecv.sinks.parsed); ValueError.
 
-    sharded : whether it is one that keeps shards apart. taken, lost : rows that the sink has taken, and that nobody
-    has, because it was full or had failed.
+    sink : None while it has failed. sharded : whether it is one that keeps shards apart. taken, lost : rows that the
+    sink has taken, and that nobody has, because it was full or had failed.
     """
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._sink: Sink | None = parsed(url)
-        self.sharded = isinstance(self._sink, JetStream)
+        self.sink: Sink | None = parsed(url)
+        self.sharded = isinstance(self.sink, JetStream)
         self._union = Union()
         self._again = 0.0
         self._log = logging.getLogger("fastrecv.collector")
@@ -36,8 +36,8 @@ class Outlet:
 
     def open(self) -> None:
         """OSError, ValueError: it cannot be opened."""
-        assert self._sink is not None
-        self._sink.open()
+        assert self.sink is not None
+        self.sink.open()
 
     def publish(self, parts: Mapping[int, Sequence[pa.RecordBatch]]) -> None:
         """Give rows to the sink, those of each shard at once. What it does not take is counted.
@@ -63,8 +63,8 @@ class Outlet:
     def close(self, timeout: float) -> None:
         """Wait so many seconds for what the sink has taken, and let go of it."""
         self._tell()
-        if self._sink is not None:
-            sink, self._sink = self._sink, None
+        if self.sink is not None:
+            sink, self.sink = self.sink, None
             try:
                 sink.close(timeout)
             except Exception as error:  # as above
@@ -80,12 +80,12 @@ class Outlet:
         return True
 
     def _opened(self) -> Sink | None:
-        if self._sink is None and time.monotonic() >= self._again:
+        if self.sink is None and time.monotonic() >= self._again:
             sink = parsed(self._url)
             sink.open()
-            self._sink = sink
+            self.sink = sink
             self._tell()
-        return self._sink
+        return self.sink
 
     def _tell(self) -> None:
         """Say how many rows were lost because the sink had failed."""

@@ -26,6 +26,7 @@ from fastrecv.collector.union import Union
 from fastrecv.policies import Sender
 from fastrecv.sinks import BaseSink, Shards, SinkFull, SinkStatistics
 from fastrecv.sinks.interface import Data
+from fastrecv.sinks.spool import Spool
 from fastrecv.workers.handlers import HandlerError, load
 from tests.unit.flow_datagrams import (
     IPFIX,
@@ -132,6 +133,32 @@ def test_a_window_ends_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(lines(folder / "exporters")) == 1, "a window in which nothing came has no row"
 
 
+def test_without_a_flush_the_sink_has_a_batch_before_it_counts_as_handled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "")
+    CollectorSettings(sink=f"nats://127.0.0.1:9/flows?spool={tmp_path}", flush=0, shards=8).give()
+
+    async def live() -> None:
+        one = Collector()
+        await one.start()
+        assert one._flows.sink is not None
+        for number, source in enumerate(SOURCES, 1):
+            one.handle(batch(DATAGRAM, source=source))
+            assert one._flows.sink.statistics()[:2] == (number, number)
+        one._ticking.cancel()
+        one._flows.close(0)
+
+    asyncio.run(live())
+    (orphan,) = Spool.orphans(tmp_path / "flows", 1 << 30)
+    messages = [orphan.read() for _ in SOURCES]
+    assert [(message.shard, pa.ipc.open_stream(message.data).read_all().column("exporterAddress").to_pylist())
+            for message in messages if message is not None] == [
+        (bucket % 8, [source]) for source, bucket in zip(SOURCES, map(bucket_of, SOURCES), strict=True)
+    ]  # fmt: skip
+    orphan.close()
+
+
 def test_what_fails_once_does_not_end_the_looks(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -218,7 +245,7 @@ def test_a_sink_without_room_costs_rows_that_are_counted(tmp_path: Path, caplog:
     assert "6000 rows are lost: " in caplog.messages[0]
     os.close(reader)
     with pytest.raises(BrokenPipeError):
-        one._sink.flush(0)  # type: ignore[union-attr]
+        one.sink.flush(0)  # type: ignore[union-attr]
     one.close(0)
 
 
@@ -230,8 +257,8 @@ def test_rows_that_a_sink_refuses_cost_no_others_and_its_password_is_not_logged(
     one.publish({0: [pa.record_batch({"x": [b"y" * 2_000_000]})]})
     one.publish({0: [pa.record_batch({"x": [b"y"]}), pa.record_batch({"x": [b"z"]})]})
     assert (one.taken, one.lost) == (2, 1)
-    assert one._sink is not None
-    assert one._sink.statistics().published == 1
+    assert one.sink is not None
+    assert one.sink.statistics().published == 1
     one.close(0)
     assert any(said.startswith("1 rows are lost: a row of 2000") for said in caplog.messages)
     assert "'nats://...@127.0.0.1:9/flows?spool=" in caplog.messages[-1]
@@ -325,6 +352,12 @@ def test_a_window_with_too_many_rows_gives_them_away_early(monkeypatch: pytest.M
     assert sum(early) + sum(late) == 500
 
 
+def bucket_of(source: str) -> int:
+    found = SHARDING.bucket(Sender(ip_address(source), 1, ip_address("192.0.2.9"), 2))
+    assert found is not None
+    return found
+
+
 def sharded(*aggregate: str) -> dict[int, list[dict[str, Any]]]:
     """The rows of four exporters by shard, each of which has sent a flow of as many octets as its place says."""
     decoder = Decoder(Shards(SHARDING, 8))
@@ -341,9 +374,7 @@ def sharded(*aggregate: str) -> dict[int, list[dict[str, Any]]]:
 def test_rows_are_of_the_shard_of_their_exporters_address_and_sums_of_many_exporters_of_the_first() -> None:
     expected: dict[int, list[int]] = {}
     for place, source in enumerate(SOURCES):
-        bucket = SHARDING.bucket(Sender(ip_address(source), 1, ip_address("192.0.2.9"), 2))
-        assert bucket is not None
-        expected.setdefault(bucket % 8, []).append(place)
+        expected.setdefault(bucket_of(source) % 8, []).append(place)
     assert len(expected) > 1
     for keys in ([], ["exporterAddress"], ["protocolIdentifier", "exporterAddress"]):
         found = sharded(*keys)
@@ -418,6 +449,7 @@ def test_a_part_that_is_refused_costs_no_others_and_a_full_sink_is_waited_for_on
         (("--sink", "jsonl:-", "--aggregate", "protocolIdentifier,protocolIdentifier"), "a key is named twice"),
         (("--sink", "jsonl:-", "--window", "0"), "'--window'"),
         (("--sink", "jsonl:-", "--flush", "nan"), "'--flush'"),
+        (("--sink", "jsonl:-", "--flush", "0.001"), "'--flush': 0.001: give 0, or 0.01 seconds or more"),
         (("--sink", "nats://h/flows?spool=/x", "--shards", "3"), "3 shards: give a power of two up to 4096"),
         (("--sink", "nats://h/flows?spool=/x", "--shards", "0"), "0 shards: give a power of two up to 4096"),
         (("--sink", "jsonl:-", "--shards", "8"), "8 shards are for sinks with subjects, nats: or tls:, not 'jsonl:-'"),
@@ -455,6 +487,7 @@ def test_sinks_stand_in_the_environment_too(
         (None, "FASTRECV_COLLECTOR is not set: start the collector with `fastrecv collect`"),
         ("{}", "FASTRECV_COLLECTOR: Object missing required field `sink`"),
         ('{"sink": "jsonl:-", "window": 0}', "window is 0.0: give seconds, more than 0, at most 86400"),
+        ('{"sink": "jsonl:-", "flush": -1}', "flush is -1.0: give seconds, 0 to 86400"),
         ('{"sink": "nothing"}', "'nothing' is no sink"),
     ],
 )
