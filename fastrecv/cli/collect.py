@@ -14,6 +14,7 @@ __all__ = ["collect"]
 
 _HANDLER = "fastrecv.collector.handler:Collector"
 _LONGEST = 86400.0
+_LEAST_FLUSH = 0.01  # seconds: to look more often costs more than it gains
 
 
 def _sink(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
@@ -40,6 +41,12 @@ def _keys(_context: click.Context, _parameter: click.Parameter, value: str | Non
         raise click.BadParameter(str(error)) from None
 
 
+def _flush(_context: click.Context, _parameter: click.Parameter, value: float) -> float:
+    if 0 < value < _LEAST_FLUSH:
+        raise click.BadParameter(f"{value:g}: give 0, or {_LEAST_FLUSH} seconds or more")
+    return value
+
+
 def _needed() -> None:
     if importlib.util.find_spec("pyarrow") is None:
         raise click.UsageError("the collector needs pyarrow: pip install 'fastrecv[flow]'")
@@ -56,11 +63,15 @@ def _needed() -> None:
 @click.option("--exporters", envvar="FASTRECV_EXPORTERS", callback=_sink, metavar="URL",
               help="Where a row for each exporter and window goes: datagrams, flows, what was lost, unknown, "
               "malformed.  [default: nowhere]")  # fmt: skip
-@click.option("--flush", type=seconds(0.01, _LONGEST), default=1.0, show_default=True,
-              help="Seconds that a flow waits at most until the sink has it.")  # fmt: skip
+@click.option("--flush", type=seconds(0, _LONGEST), callback=_flush, default=1.0, show_default=True,
+              help="Seconds that a flow waits at most until the sink has it; 0: after every batch of datagrams, before "
+              "that counts as handled.")  # fmt: skip
+@click.option("--shards", type=int, default=1, show_default=True, metavar="N",
+              help="Subjects, a power of two up to 4096, among which a nats: or tls: sink deals rows by the exporter's "
+              "address: of every host with the same N an exporter's are in the same one.")  # fmt: skip
 def collect(
-    sink: str, aggregate: tuple[str, ...], window: float, exporters: str | None, flush: float, config: str | None,
-    check: bool, as_json: bool, **options: Any,
+    sink: str, aggregate: tuple[str, ...], window: float, exporters: str | None, flush: float, shards: int,
+    config: str | None, check: bool, as_json: bool, **options: Any,
 ) -> int:  # fmt: skip
     """Collect flows: NetFlow v5, NetFlow v9 and IPFIX over UDP, as rows with IANA's names for their columns.
 
@@ -75,12 +86,18 @@ def collect(
     fastrecv collect -b 0.0.0.0:2055 -w 4 --user nobody --sink parquet:/var/lib/flows
     fastrecv collect -b 0.0.0.0:2055 --sink parquet:/var/lib/flows \\
         --aggregate exporterAddress,sourceIPv4Address,destinationTransportPort --exporters jsonl:/var/log/exporters
+    fastrecv collect -b 0.0.0.0:2055 --shards 64 --sink 'nats://nats1,nats2/flows?stream=FLOWS&spool=/var/lib/flows'
     """  # noqa: D301 - click wants the character
     from fastrecv.collector.settings import CollectorSettings  # noqa: PLC0415 - an extra
 
     if str(options["bind"] or "").startswith("tcp:"):
         raise click.BadParameter("flows come over UDP: leave tcp: out", param_hint="--bind")
-    settings = CollectorSettings(sink=sink, exporters=exporters, aggregate=aggregate, window=window, flush=flush)
+    try:
+        settings = CollectorSettings(
+            sink=sink, exporters=exporters, aggregate=aggregate, window=window, flush=flush, shards=shards
+        )
+    except ValueError as error:  # what can be wrong with the others was looked at before
+        raise click.BadParameter(str(error), param_hint="--shards") from None
     settings.give()
     return serve(options | {"handler": _HANDLER}, config, check, as_json)
 

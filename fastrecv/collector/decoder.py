@@ -20,6 +20,8 @@ from fastrecv._flow import DONE, EXPORTER, FULL, Exporters, Walk
 from fastrecv.collector.elements import Field, Shape
 from fastrecv.collector.schemas import Schema, finished, planned, texts
 from fastrecv.collector.templates import FIELDS5, MalformedError, Template, Withdrawal, read
+from fastrecv.sinks import Shards
+from fastrecv.sinks.shards import parted
 
 __all__ = ["MOST_LAYOUTS", "Decoder"]
 
@@ -46,11 +48,13 @@ class _State(msgspec.Struct, array_like=True):
 class Decoder:
     """NetFlow v5, v9 (RFC 3954) and IPFIX (RFC 7011), over UDP.
 
-    exporters : who they are, with what is counted of each. known : templates of all of them.
+    shards : what split() goes by; None: all rows are of shard 0. exporters : who they are, with what is counted of
+    each. known : templates of all of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shards: Shards | None = None) -> None:
         self.exporters = Exporters(secrets.randbits(64))
+        self._shards = shards
         self._walk = Walk(self.exporters)
         self._schemas: dict[tuple[Shape, ...], Schema] = {}
         self._layouts: dict[_Key, int] = {}
@@ -95,16 +99,27 @@ class Decoder:
         self._look()
         return raw.set_column(0, raw.schema.field(0), self._first.take(raw.column(0)))
 
+    def split(self, raw: pa.RecordBatch) -> list[tuple[int, pa.RecordBatch]]:
+        """Raw rows by the shards of their exporters; what names no exporter is of shard 0."""
+        place = raw.schema.get_field_index("exporterAddress")
+        if self._shards is None or place < 0:
+            return [(0, raw)]
+        self._look()
+        return parted(raw, self._shard[raw.column(place).to_numpy()])
+
     def _look(self) -> None:
         if len(self._texts) != len(self.exporters):
             self._addressed(self.exporters.table())
 
     def _addressed(self, table: NDArray[np.void]) -> None:
-        """Of all exporters the text of the address, and the first who has the same one."""
+        """Of all exporters the text of the address, the first who has the same one, and the shard."""
         addresses = np.ascontiguousarray(table["address"])
         _, first, places = np.unique(addresses.view("V16").ravel(), return_index=True, return_inverse=True)
         self._texts: pa.Array = texts(addresses)
         self._first: pa.Array = pa.array(first[places].astype(np.int32))
+        if self._shards is not None:
+            packed = pa.Array.from_buffers(pa.binary(16), len(table), [None, pa.py_buffer(addresses)])
+            self._shard = self._shards.of(pa.record_batch([packed], ["source_address"]))
 
     # Templates
 

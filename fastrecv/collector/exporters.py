@@ -7,7 +7,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from fastrecv._flow import MALFORMED
-from fastrecv.collector.schemas import texts
+from fastrecv.collector.schemas import key_field
 
 __all__ = ["COUNTS", "rows"]
 
@@ -16,7 +16,7 @@ COUNTS = ("datagrams", "flows", "octets", "packets", "options", "lost", "late", 
 
 
 def rows(now: NDArray[np.void], before: NDArray[np.void], since: float, until: float) -> pa.RecordBatch:
-    """What exporters (EXPORTER) of whom something has come have sent between two looks at them.
+    """What exporters (EXPORTER) of whom something has come have sent between two looks at them: raw (Decoder.finish).
 
     before : the same exporters, by number, as far as they were known. since, until : seconds since the epoch.
     """
@@ -28,7 +28,8 @@ def rows(now: NDArray[np.void], before: NDArray[np.void], since: float, until: f
         name: pa.repeat(pa.scalar(int(1000 * moment), pa.timestamp("ms", "UTC")), len(now))
         for name, moment in (("since", since), ("until", until))
     }
-    columns["exporterAddress"] = texts(np.ascontiguousarray(now["address"]))
+    exporter = key_field("exporterAddress")
+    columns[exporter.name] = pa.array(np.flatnonzero(heard).astype(np.int32))
     columns["exportProtocolVersion"] = pa.array(now["version"].astype(np.uint8))
     columns["observationDomainId"] = pa.array(now["domain"])
     for name in COUNTS:
@@ -37,4 +38,5 @@ def rows(now: NDArray[np.void], before: NDArray[np.void], since: float, until: f
         columns[f"malformed_{kind}"] = pa.array(
             (now["malformed"][:, place] - earlier["malformed"][:, place]).astype(np.int64)
         )
-    return pa.RecordBatch.from_pydict(columns)
+    fields = [exporter if name == exporter.name else pa.field(name, made.type) for name, made in columns.items()]
+    return pa.RecordBatch.from_arrays(list(columns.values()), schema=pa.schema(fields))

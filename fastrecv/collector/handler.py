@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import msgspec
@@ -19,7 +20,8 @@ from fastrecv.collector.aggregate import Aggregation
 from fastrecv.collector.decoder import Decoder
 from fastrecv.collector.exporters import rows
 from fastrecv.collector.outlet import Outlet
-from fastrecv.collector.settings import CollectorSettings
+from fastrecv.collector.settings import SHARDING, CollectorSettings
+from fastrecv.sinks import Shards
 
 __all__ = ["Collector"]
 
@@ -43,12 +45,13 @@ class Collector:
     """Of one worker, and of those who come after it (fastrecv.workers.handlers).
 
     Templates, sequence numbers and counts outlive a worker that is killed; flows that no sink has yet do not: those of
-    the last `flush` seconds, and what a sink holds back itself. ValueError: the settings make no sense.
+    the last `flush` seconds, and what a sink holds back itself. Where `flush` is 0 the sink has all flows of a batch
+    before handle() returns, and so before it counts as handled. ValueError: the settings make no sense.
     """
 
     def __init__(self) -> None:
         self._settings = settings = CollectorSettings.given()
-        self._decoder = Decoder()
+        self._decoder = Decoder(Shards(SHARDING, settings.shards) if settings.shards > 1 else None)
         self._aggregation = Aggregation(settings.aggregate, settings.window) if settings.aggregate else None
         self._flows = Outlet(settings.sink)
         self._exporters = None if settings.exporters is None else Outlet(settings.exporters)
@@ -67,7 +70,7 @@ class Collector:
     def handle(self, batch: Batch) -> None:
         self._changed = True
         self._leave(self._decoder.take(batch))
-        if self._decoder.pending >= _ROWS:
+        if self._decoder.pending >= (_ROWS if self._settings.flush else 1):
             self._leave(self._decoder.flush())
 
     async def stop(self) -> None:
@@ -106,7 +109,7 @@ class Collector:
         window = self._settings.window
         while True:
             now = time.time()
-            await asyncio.sleep(min(self._settings.flush, window - now % window))
+            await asyncio.sleep(min(self._settings.flush or window, window - now % window))
             try:
                 self._look()
             except Exception as error:  # no memory, say, for what somebody has sent: the next look is to come
@@ -118,35 +121,39 @@ class Collector:
         if now // window != self._since // window:  # a clock may be set back, too
             self._end_windows(now)
             if self._aggregation is not None and self._decoder.silent(now):
-                self._publish(self._aggregation.close())  # sums are by the numbers that exporters have now
+                self._publish(self._flows, self._aggregation.close())  # sums are by the numbers that exporters have now
             self._leave(self._decoder.forget(now))
             self._reported = self._decoder.exporters.table()
 
     def _leave(self, raws: Iterable[pa.RecordBatch]) -> None:
         """Rows of flows, raw, or the sums of them, go to the sink: of all templates together."""
-        self._publish(raws if self._aggregation is None else self._summed(self._aggregation, raws))
+        self._publish(self._flows, raws if self._aggregation is None else self._summed(self._aggregation, raws))
 
     def _summed(self, aggregation: Aggregation, raws: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for raw in raws:
             yield from aggregation.add(self._decoder.by_address(raw))
 
-    def _publish(self, raws: Iterable[pa.RecordBatch]) -> None:
-        ready: list[pa.RecordBatch] = []
+    def _publish(self, outlet: Outlet, raws: Iterable[pa.RecordBatch]) -> None:
+        ready: defaultdict[int, list[pa.RecordBatch]] = defaultdict(list)  # by shard
+        rows = 0
         for raw in raws:
-            ready.append(self._decoder.finish(raw))
-            if sum(map(len, ready)) >= _ROWS:
-                self._flows.publish(*ready)
-                ready = []
+            rows += len(raw)
+            for shard, part in self._decoder.split(raw) if outlet.sharded else [(0, raw)]:
+                ready[shard].append(self._decoder.finish(part))
+            if rows >= _ROWS:
+                outlet.publish(ready)
+                ready.clear()
+                rows = 0
         if ready:
-            self._flows.publish(*ready)
+            outlet.publish(ready)
 
     def _end_windows(self, now: float | None = None) -> None:
         """Nothing is gathered: the rows of windows that are over by now leave, and what exporters have sent."""
         if self._aggregation is not None:
-            self._publish(self._aggregation.close(now))
+            self._publish(self._flows, self._aggregation.close(now))
         now, table = time.time(), self._decoder.exporters.table()
         if self._exporters is not None:
             counts = rows(table, self._reported, self._since, now)
             if len(counts):
-                self._exporters.publish(counts)
+                self._publish(self._exporters, [counts])
         self._since, self._reported, self._changed = now, table, True

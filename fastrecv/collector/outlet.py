@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
 from fastrecv.collector.union import Union
-from fastrecv.sinks import Sink, SinkFull, parsed
+from fastrecv.sinks import JetStream, Sink, SinkFull, parsed
 from fastrecv.sinks.urls import shown
 
 __all__ = ["Outlet"]
@@ -19,12 +20,14 @@ _AGAIN = 5.0  # seconds until a sink that has failed is opened again
 class Outlet:
     """Where record batches leave. url : of a sink (fastrecv.sinks.parsed); ValueError.
 
-    taken, lost : rows that the sink has taken, and that nobody has, because it was full or had failed.
+    sink : None while it has failed. sharded : whether it is one that keeps shards apart. taken, lost : rows that the
+    sink has taken, and that nobody has, because it was full or had failed.
     """
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._sink: Sink | None = parsed(url)
+        self.sink: Sink | None = parsed(url)
+        self.sharded = isinstance(self.sink, JetStream)
         self._union = Union()
         self._again = 0.0
         self._log = logging.getLogger("fastrecv.collector")
@@ -33,47 +36,56 @@ class Outlet:
 
     def open(self) -> None:
         """OSError, ValueError: it cannot be opened."""
-        assert self._sink is not None
-        self._sink.open()
+        assert self.sink is not None
+        self.sink.open()
 
-    def publish(self, *records: pa.RecordBatch) -> None:
-        """Give rows to the sink, at once: its patience is waited for once. What it does not take is counted."""
-        rows = sum(map(len, records))
+    def publish(self, parts: Mapping[int, Sequence[pa.RecordBatch]]) -> None:
+        """Give rows to the sink, those of each shard at once. What it does not take is counted.
+
+        Its patience is waited for once: where it has no room for a part it is not asked for those behind it.
+        """
+        rest = sum(len(record) for records in parts.values() for record in records)
         try:
             sink = self._opened()
-            if sink is not None and self._accepted(sink, self._union.joined(*records)):
-                self.taken += rows
-                return
+            if sink is not None:
+                for shard, records in parts.items():
+                    joined = self._union.joined(*records)
+                    taken = self._accepted(sink, joined, shard)
+                    rest -= len(joined)
+                    self.taken += len(joined) if taken else 0
+                    self.lost += 0 if taken else len(joined)
+        except SinkFull as error:
+            self._log.error("%d rows are lost: %s", rest, error)
         except Exception as error:  # of whatever engine: a disk that is full will have room again
             self._fail(error)
-        self.lost += rows
+        self.lost += rest
 
     def close(self, timeout: float) -> None:
         """Wait so many seconds for what the sink has taken, and let go of it."""
         self._tell()
-        if self._sink is not None:
-            sink, self._sink = self._sink, None
+        if self.sink is not None:
+            sink, self.sink = self.sink, None
             try:
                 sink.close(timeout)
             except Exception as error:  # as above
                 self._log.error("%s: %s", shown(self._url), error)
 
-    def _accepted(self, sink: Sink, record: pa.RecordBatch) -> bool:
+    def _accepted(self, sink: Sink, record: pa.RecordBatch, shard: int) -> bool:
         """Whether it has; where it refuses these rows alone it stays open."""
         try:
-            sink.publish(record)
-        except (SinkFull, TypeError, ValueError) as error:
+            sink.publish(record, shard)
+        except (TypeError, ValueError) as error:
             self._log.error("%d rows are lost: %s", len(record), error)
             return False
         return True
 
     def _opened(self) -> Sink | None:
-        if self._sink is None and time.monotonic() >= self._again:
+        if self.sink is None and time.monotonic() >= self._again:
             sink = parsed(self._url)
             sink.open()
-            self._sink = sink
+            self.sink = sink
             self._tell()
-        return self._sink
+        return self.sink
 
     def _tell(self) -> None:
         """Say how many rows were lost because the sink had failed."""

@@ -14,7 +14,7 @@ from fastrecv.sinks.records import record_batch
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Shards"]
+__all__ = ["Shards", "parted"]
 
 _KEYS = ("source", "source+port", "flow", "destination")
 _WORD = np.dtype(">u8")
@@ -70,13 +70,7 @@ class Shards:
 
     def split(self, data: Batch | pa.RecordBatch) -> list[tuple[int, pa.RecordBatch]]:
         """A record batch for each shard that has rows, in their order; shards ascending."""
-        record, shards = record_batch(data), self.of(data)
-        order = np.argsort(shards, kind="stable")
-        found, starts = np.unique(shards[order], return_index=True)
-        if len(found) == 1:
-            return [(int(found[0]), record)]
-        parts = np.split(order, starts[1:]) if len(found) else []
-        return [(int(shard), record.take(part)) for shard, part in zip(found, parts, strict=True)]
+        return parted(record_batch(data), self.of(data))
 
     def _masked(self, high: NDArray[np.uint64], low: NDArray[np.uint64]) -> list[NDArray[np.uint64]]:
         """What counts of source addresses, as Policy.masked."""
@@ -86,6 +80,16 @@ class Shards:
             high & np.uint64(mask6 >> 64),
             low & np.where(four, np.uint64(mask4), np.uint64(mask6 & (1 << 64) - 1)),
         ]
+
+
+def parted(record: pa.RecordBatch, shards: NDArray[np.int64]) -> list[tuple[int, pa.RecordBatch]]:
+    """A record batch for each shard, as Shards.split gives them. shards : of each row, shape (rows,)."""
+    order = np.argsort(shards, kind="stable")
+    found, starts = np.unique(shards[order], return_index=True)
+    if len(found) == 1:
+        return [(int(found[0]), record)]
+    parts = np.split(order, starts[1:]) if len(found) else []
+    return [(int(shard), record.take(part)) for shard, part in zip(found, parts, strict=True)]
 
 
 def _addresses(data: Batch | pa.RecordBatch, end: str) -> list[NDArray[np.uint64]]:

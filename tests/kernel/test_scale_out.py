@@ -50,6 +50,7 @@ def test_nothing_that_was_acknowledged_is_lost_whatever_is_killed() -> None:
         "consumer killed and restarted": 2, "host added": 1, "host taken away": 1,
     }  # fmt: skip
     assert account["nowhere"] == account["after"] == account["twice"] == account["strangers"] == 0
+    assert account["deliveries"]["astray"] == 0
     assert account["sent"] == account["arrived"] > 24_000
     assert account["queued"] == account["kept"] + account["destroyed"] + account["in_hands"] - account["saved"]
     assert sum(host["refused"] for host in account["hosts"]) > 0  # until the router knew of the killed host

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import time
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ from fastrecv.collector.aggregate import Aggregation
 from fastrecv.collector.decoder import Decoder
 from fastrecv.collector.handler import Collector
 from fastrecv.collector.outlet import Outlet
-from fastrecv.collector.settings import VARIABLE, CollectorSettings
+from fastrecv.collector.settings import SHARDING, VARIABLE, CollectorSettings
 from fastrecv.collector.union import Union
+from fastrecv.policies import Sender
+from fastrecv.sinks import BaseSink, Shards, SinkFull, SinkStatistics
+from fastrecv.sinks.interface import Data
+from fastrecv.sinks.spool import Spool
 from fastrecv.workers.handlers import HandlerError, load
 from tests.unit.flow_datagrams import (
     IPFIX,
@@ -39,6 +44,7 @@ from tests.unit.flow_datagrams import (
 
 DATAGRAM = sent(NETFLOW9, 1, templates(NETFLOW9, template(256, [(OCTETS, 4)])), a_set(256, (1500).to_bytes(4)))
 NEXT = sent(NETFLOW9, 2, a_set(256, (40).to_bytes(4)))
+SOURCES = ["192.0.2.1", "192.0.2.2", "2001:db8::1", "198.51.100.7"]
 AFTER = sent(NETFLOW9, 4, a_set(256, (50).to_bytes(4)))
 
 
@@ -127,6 +133,32 @@ def test_a_window_ends_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(lines(folder / "exporters")) == 1, "a window in which nothing came has no row"
 
 
+def test_without_a_flush_the_sink_has_a_batch_before_it_counts_as_handled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "")
+    CollectorSettings(sink=f"nats://127.0.0.1:9/flows?spool={tmp_path}", flush=0, shards=8).give()
+
+    async def live() -> None:
+        one = Collector()
+        await one.start()
+        assert one._flows.sink is not None
+        for number, source in enumerate(SOURCES, 1):
+            one.handle(batch(DATAGRAM, source=source))
+            assert one._flows.sink.statistics()[:2] == (number, number)
+        one._ticking.cancel()
+        one._flows.close(0)
+
+    asyncio.run(live())
+    (orphan,) = Spool.orphans(tmp_path / "flows", 1 << 30)
+    messages = [orphan.read() for _ in SOURCES]
+    assert [(message.shard, pa.ipc.open_stream(message.data).read_all().column("exporterAddress").to_pylist())
+            for message in messages if message is not None] == [
+        (bucket % 8, [source]) for source, bucket in zip(SOURCES, map(bucket_of, SOURCES), strict=True)
+    ]  # fmt: skip
+    orphan.close()
+
+
 def test_what_fails_once_does_not_end_the_looks(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -186,10 +218,10 @@ def test_a_sink_that_fails_costs_rows_that_are_counted_and_is_opened_again(
     one = Outlet(f"jsonl:{tmp_path}/flows")
     one.open()
     record = pa.record_batch({"x": [1, 2]})
-    one.publish(record)
+    one.publish({0: [record]})
     assert (one.taken, one.lost) == (0, 2)
     (tmp_path / "flows").unlink()
-    one.publish(record)
+    one.publish({0: [record]})
     one.close(1)
     assert (one.taken, one.lost) == (2, 2)
     assert lines(tmp_path / "flows") == [{"x": 1}, {"x": 2}]
@@ -208,12 +240,12 @@ def test_a_sink_without_room_costs_rows_that_are_counted(tmp_path: Path, caplog:
     one.open()
     record = pa.record_batch({"x": ["y" * 1000] * 6000})
     for _ in range(3):
-        one.publish(record)
+        one.publish({0: [record]})
     assert (one.taken, one.lost) == (6000, 12000)
     assert "6000 rows are lost: " in caplog.messages[0]
     os.close(reader)
     with pytest.raises(BrokenPipeError):
-        one._sink.flush(0)  # type: ignore[union-attr]
+        one.sink.flush(0)  # type: ignore[union-attr]
     one.close(0)
 
 
@@ -222,11 +254,11 @@ def test_rows_that_a_sink_refuses_cost_no_others_and_its_password_is_not_logged(
 ) -> None:
     one = Outlet(f"nats://user:sec%2Fret@127.0.0.1:9/flows?spool={tmp_path}")
     one.open()
-    one.publish(pa.record_batch({"x": [b"y" * 2_000_000]}))
-    one.publish(pa.record_batch({"x": [b"y"]}), pa.record_batch({"x": [b"z"]}))
+    one.publish({0: [pa.record_batch({"x": [b"y" * 2_000_000]})]})
+    one.publish({0: [pa.record_batch({"x": [b"y"]}), pa.record_batch({"x": [b"z"]})]})
     assert (one.taken, one.lost) == (2, 1)
-    assert one._sink is not None
-    assert one._sink.statistics().published == 1
+    assert one.sink is not None
+    assert one.sink.statistics().published == 1
     one.close(0)
     assert any(said.startswith("1 rows are lost: a row of 2000") for said in caplog.messages)
     assert "'nats://...@127.0.0.1:9/flows?spool=" in caplog.messages[-1]
@@ -320,6 +352,92 @@ def test_a_window_with_too_many_rows_gives_them_away_early(monkeypatch: pytest.M
     assert sum(early) + sum(late) == 500
 
 
+def bucket_of(source: str) -> int:
+    found = SHARDING.bucket(Sender(ip_address(source), 1, ip_address("192.0.2.9"), 2))
+    assert found is not None
+    return found
+
+
+def sharded(*aggregate: str) -> dict[int, list[dict[str, Any]]]:
+    """The rows of four exporters by shard, each of which has sent a flow of as many octets as its place says."""
+    decoder = Decoder(Shards(SHARDING, 8))
+    for place, source in enumerate(SOURCES):
+        list(decoder.take(batch(sent5(0, record5(1, place)), source=source), 1000.0))
+    raws = list(decoder.flush())
+    if aggregate:
+        one = Aggregation(aggregate, 60.0)
+        assert not [early for raw in raws for early in one.add(decoder.by_address(raw))]
+        raws = list(one.close())
+    return {shard: decoder.finish(part).to_pylist() for raw in raws for shard, part in decoder.split(raw)}
+
+
+def test_rows_are_of_the_shard_of_their_exporters_address_and_sums_of_many_exporters_of_the_first() -> None:
+    expected: dict[int, list[int]] = {}
+    for place, source in enumerate(SOURCES):
+        expected.setdefault(bucket_of(source) % 8, []).append(place)
+    assert len(expected) > 1
+    for keys in ([], ["exporterAddress"], ["protocolIdentifier", "exporterAddress"]):
+        found = sharded(*keys)
+        assert {shard: [row["octetDeltaCount"] for row in rows] for shard, rows in found.items()} == expected
+        assert [row["exporterAddress"] for shard in sorted(found) for row in found[shard]] == [
+            SOURCES[place] for shard in sorted(expected) for place in expected[shard]
+        ]
+    assert {
+        shard: [row["octetDeltaCount"] for row in rows] for shard, rows in sharded("protocolIdentifier").items()
+    } == {0: [6]}
+
+
+def test_few_rows_take_the_addresses_of_their_own_exporters_along_only() -> None:
+    decoder = Decoder()
+    for source in SOURCES:
+        list(decoder.take(batch(sent5(0, record5(1, 1)), source=source)))
+    (raw,) = decoder.flush()
+    column = decoder.finish(raw.slice(2, 1)).column("exporterAddress")
+    assert (column.to_pylist(), column.dictionary.to_pylist()) == ([SOURCES[2]], [SOURCES[2]])
+
+
+class Choosy(BaseSink):
+    """Refuses rows of shard 1, and has no room from shard 3 on."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.asked: list[int] = []
+
+    def open(self) -> None:
+        self._opening()
+
+    def publish(self, data: Data, shard: int = 0) -> None:
+        self.asked.append(shard)
+        if shard == 1:
+            raise ValueError("a row is too long")
+        if shard >= 3:
+            raise SinkFull("there is no room")
+
+    def flush(self, timeout: float | None = None) -> None: ...
+
+    def close(self, timeout: float | None = None) -> None:
+        self._closed = True
+
+    def statistics(self) -> SinkStatistics:
+        return SinkStatistics()
+
+
+def test_a_part_that_is_refused_costs_no_others_and_a_full_sink_is_waited_for_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = Choosy()
+    monkeypatch.setattr(outlet, "parsed", lambda _url: sink)
+    one = Outlet("choosy:")
+    one.open()
+    rows = pa.record_batch({"x": [1, 2]})
+    one.publish({0: [rows], 1: [rows], 2: [rows, rows], 3: [rows], 4: [rows]})
+    assert (one.taken, one.lost, sink.asked) == (6, 6, [0, 1, 2, 3])
+    assert caplog.messages == ["2 rows are lost: a row is too long", "4 rows are lost: there is no room"]
+    one.publish({0: [rows]})
+    assert one.taken == 8
+    one.close(0)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -331,6 +449,10 @@ def test_a_window_with_too_many_rows_gives_them_away_early(monkeypatch: pytest.M
         (("--sink", "jsonl:-", "--aggregate", "protocolIdentifier,protocolIdentifier"), "a key is named twice"),
         (("--sink", "jsonl:-", "--window", "0"), "'--window'"),
         (("--sink", "jsonl:-", "--flush", "nan"), "'--flush'"),
+        (("--sink", "jsonl:-", "--flush", "0.001"), "'--flush': 0.001: give 0, or 0.01 seconds or more"),
+        (("--sink", "nats://h/flows?spool=/x", "--shards", "3"), "3 shards: give a power of two up to 4096"),
+        (("--sink", "nats://h/flows?spool=/x", "--shards", "0"), "0 shards: give a power of two up to 4096"),
+        (("--sink", "jsonl:-", "--shards", "8"), "8 shards are for sinks with subjects, nats: or tls:, not 'jsonl:-'"),
         (("--sink", "jsonl:-", "-b", "tcp:127.0.0.1:2055"), "flows come over UDP: leave tcp: out"),
     ],
 )
@@ -365,6 +487,7 @@ def test_sinks_stand_in_the_environment_too(
         (None, "FASTRECV_COLLECTOR is not set: start the collector with `fastrecv collect`"),
         ("{}", "FASTRECV_COLLECTOR: Object missing required field `sink`"),
         ('{"sink": "jsonl:-", "window": 0}', "window is 0.0: give seconds, more than 0, at most 86400"),
+        ('{"sink": "jsonl:-", "flush": -1}', "flush is -1.0: give seconds, 0 to 86400"),
         ('{"sink": "nothing"}', "'nothing' is no sink"),
     ],
 )

@@ -16,14 +16,19 @@ from numpy.typing import NDArray
 
 from fastrecv.bench.numbered import NUMBERED
 from fastrecv.bench.scale_out import account, tables
-from fastrecv.bench.scale_out.account import AtHost
+from fastrecv.bench.scale_out.account import AtHost, Deliveries
+from fastrecv.bench.scale_out.addresses import SHARDS
 from fastrecv.bench.scale_out.cli import command
-from fastrecv.bench.scale_out.consuming import DELIVERED, DELIVERIES, KEPT, Ledger, records_of
+from fastrecv.bench.scale_out.consuming import DELIVERED, DELIVERIES, KEPT, Ledger, records_of, shard_of
 from fastrecv.bench.scale_out.engine import Held
 from fastrecv.bench.scale_out.exporters import DATAGRAM, RECORDS, filled, numbered, sent_by_each
 from fastrecv.bench.scale_out.paper import needed
 from fastrecv.bench.scale_out.running import FAULTS, Plan, Run, schedule
 from fastrecv.bench.scale_out.throughput import Throughput
+from fastrecv.collector.decoder import Decoder
+from fastrecv.collector.settings import SHARDING
+from fastrecv.sinks import Shards
+from tests.unit.flow_datagrams import batch
 
 EXPORTERS, ROUNDS, HOSTS, BATCH = 60, 12, 3, 2
 Rows = NDArray[np.void]
@@ -86,7 +91,7 @@ def test_where_nothing_is_wrong_nothing_is_said() -> None:
     assert account.faults(found, BATCH) == []
     assert found.sent == found.arrived == found.queued == found.acknowledged == found.kept == 7200
     assert found.before == found.nowhere == found.saved == found.in_hands == found.destroyed == 0
-    assert found.deliveries == (72, 0, 7200, 0, 4)
+    assert found.deliveries == Deliveries(72, 0, 7200, 0, 4, 0)
 
 
 def test_a_record_that_was_acknowledged_and_is_at_no_consumer_is_a_fault() -> None:
@@ -103,12 +108,20 @@ def test_a_duplicate_that_is_left_is_a_fault() -> None:
 
 def test_duplicates_that_were_removed_are_counted_by_their_kind() -> None:
     story = Story()
-    again = np.array([(3, 2, 100, 100), (900, 1, 50, 50)], DELIVERED)  # message 3 once more; 50 records in another one
+    again = np.array(
+        [(3, 2, 100, 100, 0), (900, 1, 50, 50, 0)], DELIVERED
+    )  # message 3 once more; 50 records in another one
     story.delivered = np.concatenate([story.delivered, again])
     found = story.judged()
     assert account.faults(found, BATCH) == []
     assert found.before == 150
-    assert found.deliveries == (73, 1, 7350, 50, 4)
+    assert found.deliveries == Deliveries(73, 1, 7350, 50, 4, 0)
+
+
+def test_a_record_in_another_shard_than_its_exporters_is_a_fault() -> None:
+    story = Story()
+    story.delivered["astray"][5:7] = 3, 4
+    assert story.faults() == ["7 records came in another shard than their exporter's"]
 
 
 def test_a_record_that_two_hosts_acknowledge_is_a_fault() -> None:
@@ -176,27 +189,54 @@ def test_they_take_turns() -> None:
 def test_a_consumer_keeps_each_record_once_also_after_a_kill(tmp_path: Path) -> None:
     rows = sent()[:500]
     ledger = Ledger(tmp_path)
-    ledger.take(rows[:300], 1, 1)
-    ledger.take(rows[200:400], 2, 1)
+    shards = np.array([shard_of(exporter) for exporter in rows["sender"].tolist()])
+    ledger.take(rows[:300], 0, 1, 1)
+    ledger.take(rows[200:400], 1, 2, 1)
     ledger.close()
     with (tmp_path / KEPT).open("ab") as kept:
         kept.write(rows[400].tobytes()[:5])  # a SIGKILL in the middle of a row
     ledger = Ledger(tmp_path)
-    ledger.take(rows[200:400], 2, 2)
-    ledger.take(rows[350:], 3, 1)
+    ledger.take(rows[200:400], 1, 2, 2)
+    ledger.take(rows[350:], 0, 3, 1)
     ledger.close()
     assert np.array_equal(np.fromfile(tmp_path / KEPT, NUMBERED), rows)
     found = np.fromfile(tmp_path / DELIVERIES, DELIVERED)
-    assert found.tolist() == [(1, 1, 300, 0), (2, 1, 200, 100), (2, 2, 200, 200), (3, 1, 150, 50)]
-    assert account.deliveries(found, 0) == (3, 1, 850, 150, 0)
+    astray = [int(np.count_nonzero(shards[part] != shard)) for part, shard in (
+        (slice(300), 0), (slice(200, 400), 1), (slice(200, 400), 1), (slice(350, None), 0))]  # fmt: skip
+    assert min(astray) > 0
+    assert found.tolist() == [
+        (1, 1, 300, 0, astray[0]), (2, 1, 200, 100, astray[1]), (2, 2, 200, 200, astray[2]), (3, 1, 150, 50, astray[3])
+    ]  # fmt: skip
+    assert account.deliveries(found, 0) == Deliveries(3, 1, 850, 150, 0, sum(astray))
 
 
-def test_a_message_gives_the_records_of_its_payloads() -> None:
-    batch = pa.RecordBatch.from_pydict({"payload": [filled(0, 1, 0), filled(10, 1, 0)]})
-    stream = pa.BufferOutputStream()
-    with pa.ipc.new_stream(stream, batch.schema) as writer:
-        writer.write_batch(batch)
-    assert records_of(stream.getvalue().to_pybytes())["number"].tolist() == list(range(20))
+def collected(*datagrams: tuple[str, bytes]) -> list[tuple[int, bytes]]:
+    """What the collector publishes of datagrams, each from an address: shards and messages."""
+    decoder, messages = Decoder(Shards(SHARDING, SHARDS)), []
+    for address, datagram in datagrams:
+        list(decoder.take(batch(datagram, source=address)))
+    for raw in decoder.flush():
+        for shard, part in decoder.split(raw):
+            record, stream = decoder.finish(part), pa.BufferOutputStream()
+            with pa.ipc.new_stream(stream, record.schema) as writer:
+                writer.write_batch(record)
+            messages.append((shard, stream.getvalue().to_pybytes()))
+    return messages
+
+
+def test_a_message_of_the_collector_gives_its_records_and_its_shard_is_their_exporters() -> None:
+    datagrams = [(f"198.18.{exporter // 256}.{exporter % 256}", filled(10 * exporter, exporter, 3))
+                 for exporter in (0, 1, 2, 300, 1999)]  # fmt: skip
+    found = [(shard, records_of(message)) for shard, message in collected(*datagrams)]
+    assert len(found) > 1
+    for shard, rows in found:
+        assert {shard_of(exporter) for exporter in rows["sender"].tolist()} == {shard}
+    rows = np.concatenate([rows for _, rows in found])
+    rows.sort(order=["sender", "number"])
+    assert np.array_equal(rows, numbered(np.frombuffer(b"".join(data for _, data in datagrams), DATAGRAM)))
+    (message,) = (message for _, message in collected(("198.18.0.7", filled(0, 8, 0))))
+    with pytest.raises(ValueError, match="a record is of another exporter than it says"):
+        records_of(message)
 
 
 def test_everything_befalls_once_and_in_order() -> None:
@@ -243,6 +283,7 @@ def test_a_run_is_told_in_words_and_in_json() -> None:
     ("arguments", "words"),
     [
         (["--rate", "1000"], "2,000 exporters in 60 s need --rate 6667 at least"),
+        (["--exporters", "20000"], "'--exporters': 20000 is not in the range"),
         (["--hosts", "1"], "'--hosts': 1 is not in the range"),
         (["--policy", "2"], "'--policy': '2' is not one of"),
     ],

@@ -65,7 +65,8 @@ class AtHost(NamedTuple):
 class Deliveries(NamedTuple):
     """What was delivered to consumers. messages : all that were stored and delivered. again : deliveries of a message
     after its first; records : of all deliveries; stored_twice : records that a second message had. removed : messages
-    that were published again, and that the engine removed by their ids.
+    that were published again, and that the engine removed by their ids. astray : records in another shard than their
+    exporter's.
     """
 
     messages: int
@@ -73,6 +74,7 @@ class Deliveries(NamedTuple):
     records: int
     stored_twice: int
     removed: int
+    astray: int
 
 
 class Account(NamedTuple):
@@ -150,7 +152,12 @@ def deliveries(rows: Rows, removed: int) -> Deliveries:
     first = rows["times"] == 1
     messages = len(np.unique(rows["sequence"]))
     return Deliveries(
-        messages, len(rows) - messages, int(rows["records"].sum()), int(rows["known"][first].sum()), removed
+        messages,
+        len(rows) - messages,
+        int(rows["records"].sum()),
+        int(rows["known"][first].sum()),
+        removed,
+        int(rows["astray"].sum()),
     )
 
 
@@ -180,6 +187,7 @@ def faults(account: Account, batch: int) -> list[str]:
         f"{account.strangers:,} records are at a consumer that nobody has sent": account.strangers,
         f"{account.saved:,} records were saved of {account.in_hands:,} in hands": account.saved > account.in_hands,
         f"{account.arrived:,} records arrived of {account.sent:,} sent": account.arrived > account.sent,
+        f"{account.deliveries.astray:,} records came in another shard than their exporter's": account.deliveries.astray,
         "nothing is at a consumer": not account.kept,
     }
     for host in account.hosts:

@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from fastrecv import features
+from fastrecv._flow import MOST_EXPORTERS
 from fastrecv.bench import environment, measuring
 from fastrecv.bench.arguments import STDOUT, writable_file
-from fastrecv.bench.numbered import MAX_SENDERS
 from fastrecv.bench.scale_out.bed import MOST_HOSTS
 from fastrecv.bench.scale_out.exporters import RECORDS, ROUNDS
 from fastrecv.bench.scale_out.processes import PACKAGES, found
@@ -35,7 +35,7 @@ def _check_rate(rate: int, exporters: int, seconds: float, **_others: Any) -> No
               help="That all that befalls is spread over; throughput is measured before it.")  # fmt: skip
 @click.option("--hosts", type=click.IntRange(2, MOST_HOSTS - 1), default=3, show_default=True,
               help="To begin with; one is added.")  # fmt: skip
-@click.option("--exporters", type=click.IntRange(100, MAX_SENDERS), default=2000, show_default=True)
+@click.option("--exporters", type=click.IntRange(100, MOST_EXPORTERS), default=2000, show_default=True)
 @click.option("--rate", type=click.IntRange(RECORDS), default=20_000, show_default=True,
               help=f"Records a second; {RECORDS} a datagram.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Of what happens when, to whom.")
@@ -47,9 +47,10 @@ def _check_rate(rate: int, exporters: int, seconds: float, **_others: Any) -> No
 def command(context: click.Context, /, policy: str, json_file: Path | None, **options: Any) -> None:
     """Send numbered flow records to hosts behind a router with ECMP, break everything once, and account for each.
 
-    Every host is a supervised collector that publishes to a cluster of three nats-servers (JetStream, a copy on each),
-    from which two consumers take what there is, by shards. Meanwhile workers are killed, a whole host, the engine's
-    leader and the consumers; a host is added and one taken away. Exit code 1 where a record that a host had
+    Every host is a supervised flow collector, that of `fastrecv collect --shards --flush 0`, with two workers; it
+    publishes to a cluster of three nats-servers (JetStream, a copy on each), from which two consumers take what there
+    is, by shards. Meanwhile workers are killed, a whole host, the engine's leader and the consumers; a host is added
+    and one taken away. Exit code 1 where a record that a host had
     acknowledged is at no consumer, where a duplicate is left after removal, or where records are missing that nobody
     had in a queue or in his hands when he was killed. All of it in private network namespaces.
     """

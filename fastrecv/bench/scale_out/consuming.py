@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import nats
@@ -27,15 +29,18 @@ from nats.js import JetStreamContext
 from numpy.typing import NDArray
 
 from fastrecv.bench.numbered import NUMBERED
-from fastrecv.bench.scale_out.addresses import SERVERS, STREAM, durable
-from fastrecv.bench.scale_out.exporters import DATAGRAM, numbered
+from fastrecv.bench.scale_out.addresses import EXPORTERS, SERVERS, SHARDS, STREAM, durable
+from fastrecv.collector.settings import SHARDING
+from fastrecv.policies import Sender
 from fastrecv.privileges import tell_parents_death
 
-__all__ = ["DELIVERED", "DELIVERIES", "KEPT", "Ledger", "records_of"]
+__all__ = ["DELIVERED", "DELIVERIES", "KEPT", "Ledger", "records_of", "shard_of"]
 
 KEPT, DELIVERIES = "kept.rows", "deliveries"
-DELIVERED = np.dtype([("sequence", "<u8"), ("times", "<u4"), ("records", "<u4"), ("known", "<u4")])
-"""A message that was delivered: its number in the stream, for which time, its records, and those kept already."""
+DELIVERED = np.dtype([("sequence", "<u8"), ("times", "<u4"), ("records", "<u4"), ("known", "<u4"), ("astray", "<u4")])
+"""A message that was delivered: its number in the stream, for which time, its records, those of them that were kept
+already, and those whose exporter has another shard."""
+_FIRST = int(IPv4Address(EXPORTERS))
 _FETCHED = 64  # messages at a time
 _PATIENCE = 1.0  # seconds without a message until it asks again
 _AGAIN = 0.2  # seconds after an error
@@ -53,11 +58,12 @@ class Ledger:
         self._known: NDArray[np.bool_] = np.zeros((1, 1), np.bool_)  # by exporter and number
         self._learn(np.fromfile(folder / KEPT, NUMBERED))
 
-    def take(self, rows: NDArray[np.void], sequence: int, times: int) -> None:
-        """Keep what of a message's records is new."""
+    def take(self, rows: NDArray[np.void], shard: int, sequence: int, times: int) -> None:
+        """Keep what of a message's records is new; it came as this shard's."""
         self._grow(rows)
         new = rows[~self._known[rows["sender"], rows["number"]]]
-        delivered = np.array([(sequence, times, len(rows), len(rows) - len(new))], DELIVERED)
+        astray = sum(shard_of(exporter) != shard for exporter in rows["sender"].tolist())
+        delivered = np.array([(sequence, times, len(rows), len(rows) - len(new), astray)], DELIVERED)
         os.write(self._deliveries, delivered.tobytes())
         os.write(self._kept, new.tobytes())
         self._learn(new)
@@ -90,10 +96,34 @@ def _opened(path: Path, size: int) -> int:
 
 
 def records_of(message: bytes) -> NDArray[np.void]:
-    """The records of a message: an Arrow stream whose column `payload` has the exporters' datagrams."""
+    """The records of a message, an Arrow stream of the collector's. ValueError: one is not his who has sent it."""
     with pa.ipc.open_stream(message) as stream:
-        payloads = stream.read_all().column("payload").to_pylist()
-    return numbered(np.frombuffer(b"".join(payloads), DATAGRAM))
+        table = stream.read_all()
+    rows = np.empty(len(table), NUMBERED)
+    rows["sender"], sources = (
+        np.concatenate([np.zeros(0, np.int64), *map(_senders, table.column(name).chunks)])
+        for name in ("exporterAddress", "sourceIPv4Address")
+    )
+    if (rows["sender"] != sources).any():
+        raise ValueError("a record is of another exporter than it says")
+    rows["number"], rows["phase"] = (table.column(name).to_numpy() for name in ("octetDeltaCount", "ingressInterface"))
+    return rows
+
+
+def _senders(column: pa.DictionaryArray) -> NDArray[np.int64]:
+    """The exporters with these addresses."""
+    known = [int(IPv4Address(address)) - _FIRST for address in column.dictionary.to_pylist()]
+    found: NDArray[np.int64] = np.array(known, np.int64)[column.indices.to_numpy()]
+    return found
+
+
+@functools.cache
+def shard_of(exporter: int) -> int:
+    """By the hash of the balancer's program, as it stands in Python: hosts find it with numpy."""
+    nobody = IPv4Address(0)
+    bucket = SHARDING.bucket(Sender(IPv4Address(_FIRST + exporter), 0, nobody, 0))
+    assert bucket is not None
+    return bucket % SHARDS
 
 
 async def _consume(stream: JetStreamContext, shard: int, ledger: Ledger) -> None:
@@ -116,8 +146,8 @@ async def _fetched(subscription: JetStreamContext.PullSubscription) -> list[Msg]
 
 
 def _keep(message: Msg, ledger: Ledger) -> None:
-    about = message.metadata
-    ledger.take(records_of(message.data), about.sequence.stream, about.num_delivered)
+    about, shard = message.metadata, int(message.subject.rpartition(".")[2])
+    ledger.take(records_of(message.data), shard, about.sequence.stream, about.num_delivered)
 
 
 async def _run(folder: Path, shards: Sequence[int]) -> None:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from fastrecv.bench.numbered import NUMBERED
 from fastrecv.bench.scale_out.addresses import COLLECTOR, PORT
 from fastrecv.bench.scale_out.processes import KILLED_WITH_US, alive, tree
-from fastrecv.bench.scale_out.recorder import HANDLER, REMOVED, SHARDS, SINK, sink_url
-from fastrecv.bench.survive_recorder import FOLDER, ROWS
+from fastrecv.bench.scale_out.recorder import HANDLER, REMOVED, environment
+from fastrecv.bench.survive_recorder import ROWS
 from fastrecv.bench.survive_service import Service, rows_of, until
 from fastrecv.netns import Namespace
 
@@ -33,10 +33,9 @@ class Host:
     lives : how often its collector was started. deaths : of workers, which may have had a batch in their hands.
     """
 
-    def __init__(self, number: int, space: Namespace, folder: Path, shards: int) -> None:
+    def __init__(self, number: int, space: Namespace, folder: Path) -> None:
         self.number, self.space, self.folder = number, space, folder
         self.lives = self.deaths = 0
-        self._shards = shards
         self._service: Service | None = None
         (folder / "spool").mkdir(parents=True)
 
@@ -49,13 +48,11 @@ class Host:
         self.lives += 1
         folder = self.folder / f"life{self.lives}"
         folder.mkdir()
-        environment = {
-            FOLDER: str(self.folder), SINK: sink_url(self.folder / "spool"), SHARDS: str(self._shards),
-        }  # fmt: skip
         with self.space:
             self._service = Service(
                 folder, HANDLER, "-w", WORKERS, "--batch-size", BATCH, "--receive-buffer", _BUFFER,
-                bind=f"{COLLECTOR}:{PORT}", before=KILLED_WITH_US, environment=environment,
+                bind=f"{COLLECTOR}:{PORT}", before=KILLED_WITH_US,
+                environment=environment(self.folder, self.folder / "spool"),
             )  # fmt: skip
         self._service.begun(WORKERS)
 

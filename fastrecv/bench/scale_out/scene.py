@@ -13,6 +13,7 @@ from typing import Self
 import numpy as np
 
 from fastrecv.bench.scale_out import account
+from fastrecv.bench.scale_out.addresses import SHARDS
 from fastrecv.bench.scale_out.bed import Bed, Policy
 from fastrecv.bench.scale_out.consumers import CONSUMERS, Consumers
 from fastrecv.bench.scale_out.engine import Engine
@@ -20,9 +21,8 @@ from fastrecv.bench.scale_out.exporters import ROUNDS, Exporters
 from fastrecv.bench.scale_out.hosts import WORKERS, Host
 from fastrecv.bench.survive_service import until
 
-__all__ = ["SHARDS", "Scene"]
+__all__ = ["Scene"]
 
-SHARDS = 8
 _PATIENCE = 60.0  # seconds
 _TICK = 0.05  # seconds
 _NOTICED = 0.5  # seconds until the router knows that a host is gone
@@ -63,7 +63,7 @@ class Scene:
 
     def _new_host(self) -> int:
         number = self.bed.add_host()
-        self.hosts[number] = Host(number, self.bed.hosts[number], self._folder / f"host{number}", SHARDS)
+        self.hosts[number] = Host(number, self.bed.hosts[number], self._folder / f"host{number}")
         self.hosts[number].start()
         return number
 

@@ -48,6 +48,7 @@ def _where(run: Run) -> str:
         ("of these duplicates: before removal", account.before),
         ("because a message was stored twice", delivered.stored_twice),
         ("**duplicates after removal**", account.after),
+        ("**delivered in another subject than their exporter's**", delivered.astray),
     ]
     return markdown(["records", "count"], [[name, f"{count:,}"] for name, count in rows])
 
