@@ -24,10 +24,10 @@ test: setup $(DAEMONS:%=$(VENV)/unpacked/%)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not proof and not alone' tests/kernel
 
 test-units:
-	$(BIN)/python -m pytest tests/packaging tests/unit
+	$(BIN)/python -m pytest tests/unit
 
 test-alone:
-	$(BIN)/python -m pytest -m 'alone and not proof' tests/kernel
+	$(BIN)/python -m pytest -m 'alone and not proof' tests/packaging tests/kernel
 
 # Every receiver against a C loop, interleaved (a minute and a half); then the same in pytest-benchmark's tables.
 compare: setup
