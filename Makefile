@@ -7,18 +7,27 @@ PACKAGES := clang gcc libbpf-dev libc6-dev libelf-dev libxdp-dev linux-perf llvm
 DAEMONS := nats-server nginx pmacct softflowd
 DAEMONS_NEED := libjansson4 libmariadb3 libmaxminddb0 libnetfilter-log1 libpcap0.8 libpq5 librabbitmq4 librdkafka1 \
 	libsqlite3-0 libzmq5 netbase
+ifneq ($(filter test,$(MAKECMDGOALS)),)
+PACKAGES += bind9-dnsutils curl dnsperf ngtcp2-client $(DAEMONS_NEED) # real clients for the services that the tests run
+endif
 SOURCES := $(wildcard fastrecv/_*/*.pyx fastrecv/_*/*.pxd bpf/*.c bpf/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: bench compare test proof lint setup packages wheel microbench sanitize fuzz
+.PHONY: bench compare test test-units test-alone proof lint setup packages wheel microbench sanitize fuzz
 
 bench: setup
 	$(BIN)/python -m fastrecv.bench --flood udp
 
-test: PACKAGES += bind9-dnsutils curl dnsperf ngtcp2-client $(DAEMONS_NEED) # real clients for the services that the tests run
+# On two CPUs: first what needs no namespaces beside what must be the only one to use the host's, then the rest in pairs.
 test: setup $(DAEMONS:%=$(VENV)/unpacked/%)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/packaging tests/unit
-	$(BIN)/python -m pytest tests/kernel # one at a time: each looks at what it leaves behind on this host
+	$(MAKE) --no-print-directory -j2 -O test-units test-alone
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not proof and not alone' tests/kernel
+
+test-units:
+	$(BIN)/python -m pytest tests/unit
+
+test-alone:
+	$(BIN)/python -m pytest -m 'alone and not proof' tests/packaging tests/kernel
 
 # Every receiver against a C loop, interleaved (a minute and a half); then the same in pytest-benchmark's tables.
 compare: setup

@@ -78,6 +78,7 @@ class Process:
         while times:
             line = (await self._process.stderr.readline()).decode()
             if not line:
+                await self._process.wait()
                 raise RuntimeError("".join(said).strip() or "a server has ended without a word")
             said.append(line)
             times -= words in line

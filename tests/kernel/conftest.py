@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,34 +21,45 @@ from fastrecv.bench.runner import NEEDS
 from tests.kernel.balancing import group
 from tests.kernel.commands import Command
 from tests.kernel.steering import SCRIPTED, UDP, Compile, Stage, staged
+from tests.kernel.traces import Traces, held, remaining
 
 if TYPE_CHECKING:
     from tests.kernel.cable import Cable
 
 HERE = Path(__file__).parent
 RCU = Path("/sys/kernel/rcu_expedited")
-os.environ["FASTRECV_TEST_RUN"] = str(os.getpid())  # inherited by every process that a test starts
-MARK = f"FASTRECV_TEST_RUN={os.getpid()}".encode()
+LINKS = pytest.StashKey[Traces]()  # of the host, before a run of several processes
+BUSY = {"test_collector.py", "test_scale_out.py"}  # other programs' time-outs pass where CPUs are short
+WATCHED = "fastrecv_host_is_watched"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.needs(*NEEDS))
+        if item.path.name in BUSY:
+            item.add_marker(pytest.mark.alone)
+    items.sort(key=lambda item: item.path.name in BUSY)  # by then `make test` has nothing else to do
 
 
-def _held_namespaces() -> set[str]:
-    """Every network namespace that this process or one it started is in or holds open ("net:[inode]")."""
-    held = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if int(process.name) != os.getpid() and MARK not in (process / "environ").read_bytes():
-                continue
-            held.add((process / "ns/net").readlink().name)
-            held |= {name for fd in (process / "fd").iterdir() if (name := fd.readlink().name).startswith("net:[")}
-        except OSError:
-            continue  # the process has ended
-    return held
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """A process of `pytest -n` is told that the host is looked at when the run has ended."""
+    node.workerinput[WATCHED] = True
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.getoption("numprocesses", None):
+        with contextlib.suppress(OSError):  # tests say what is missing
+            session.config.stash[LINKS] = Traces(set(), set(bpf.link_ids()))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run of several processes has left no link behind, not even one that is only pinned."""
+    before = session.config.stash.get(LINKS, None)
+    if before is not None and (left := remaining(lambda: Traces(set(), set(bpf.link_ids())), before).links):
+        print(f"\nBPF links left behind: {left}", file=sys.stderr)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def _named_namespaces() -> set[str]:
@@ -55,22 +67,39 @@ def _named_namespaces() -> set[str]:
     return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
 
 
+def _one_of_several(request: pytest.FixtureRequest) -> bool:
+    """Whether other tests run beside this process's. Those that may not are turned away."""
+    told = getattr(request.config, "workerinput", None)
+    if told is None:
+        return False
+    if WATCHED not in told:
+        pytest.fail("with -n give tests/kernel as an argument: nobody would look at the host in the end", pytrace=False)
+    if request.node.get_closest_marker("alone"):
+        pytest.fail("runs alone: add -m 'not proof and not alone' to -n, then run -m alone without -n", pytrace=False)
+    return True
+
+
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    """Namespaces, BPF links and the RCU knob are after a test, failed or not, what they were before."""
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Namespaces, BPF links and the RCU knob are after a test, failed or not, what they were before.
+
+    The links are the host's. Where several processes run tests, those of the others' come and go: then they are what
+    this process and those it has started hold, and the rest is looked at when the run has ended.
+    """
+    several = _one_of_several(request)
     home = Path("/proc/thread-self/ns/net").readlink()
-    before = _held_namespaces(), _named_namespaces(), set(bpf.link_ids()), RCU.read_text()
+
+    def look() -> Traces:
+        return held() if several else held()._replace(links=set(bpf.link_ids()))
+
+    before, named, knob = look(), _named_namespaces(), RCU.read_text()
     yield
     assert Path("/proc/thread-self/ns/net").readlink() == home, "the test left its thread in another namespace"
-    deadline = time.monotonic() + 5  # a link of somebody else on this host may come and go
-    while set(bpf.link_ids()) - before[2] and time.monotonic() < deadline:
-        time.sleep(0.1)
-    after = _held_namespaces(), _named_namespaces(), set(bpf.link_ids()), RCU.read_text()
-    for what, old, new in zip(("namespaces", "named namespaces", "BPF links"), before[:3], after[:3], strict=True):
-        assert isinstance(old, set)
-        assert isinstance(new, set)
-        assert not new - old, f"{what} left behind: {new - old}"
-    assert after[3] == before[3], "rcu_expedited was not put back"
+    left = remaining(look, before)
+    assert not left.links, f"BPF links left behind: {left.links}"
+    assert not left.namespaces, f"namespaces left behind: {left.namespaces}"
+    assert _named_namespaces() <= named, f"named namespaces left behind: {_named_namespaces() - named}"
+    assert RCU.read_text() == knob, "rcu_expedited was not put back"
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,14 @@ def need_open_root() -> None:
     """Skip what other users are to do where the root directory is closed to them: a folder may serve as a machine."""
     if not os.stat("/").st_mode & stat.S_IXOTH:  # noqa: PTH116 - a mode, of a path known beforehand
         pytest.skip("the root directory is closed to other users here")
+
+
+def open_to_all(folder: Path) -> None:
+    """A folder of pytest's, and those of pytest's above it: other users may go and write there."""
+    for path in (folder, *folder.parents):
+        path.chmod(0o777)
+        if path.name.startswith("pytest-of-"):
+            return
 
 
 def as_user(user: int, group: int, action: Callable[[], int]) -> int:

@@ -13,6 +13,7 @@ from fastrecv.bench.survive_account import Account
 from fastrecv.bench.survive_recorder import FOLDER, HANDLER
 from fastrecv.bench.survive_service import ADDRESS, PORT, namespace, until
 from fastrecv.netns import Namespace
+from tests.kernel.privileges import open_to_all
 
 __all__ = [
     "ADDRESS",
@@ -123,8 +124,7 @@ def app(folder: Path) -> str:
 def app_for_all(folder: Path) -> Path:
     """Write the APP where other users may import it, and write, too; the folder."""
     app(folder)
-    for path in (folder, *list(folder.parents)[:2]):
-        path.chmod(0o777)
+    open_to_all(folder)
     return folder
 
 

@@ -24,7 +24,10 @@ from fastrecv.policies import BUCKETS, Policy
 from tests.kernel.balancing import balanced, homes, senders, takers
 from tests.kernel.steering import UDP, Stage
 
-pytestmark = pytest.mark.usefixtures("quick")  # hundreds of balancers are made and ended, table by table
+pytestmark = [
+    pytest.mark.usefixtures("quick"),  # hundreds of balancers are made and ended, table by table
+    pytest.mark.alone,  # for that, RCU is expedited on the whole host
+]
 
 FILES = {module.__file__ for module in (balance, balance_life, balance_maps, leaving, pins)}
 CHANGING = {

@@ -20,6 +20,8 @@ from fastrecv.bench.lab import quick_grace_periods
 from fastrecv.bench.stage import Stage
 from fastrecv.netns import Namespace
 
+pytestmark = pytest.mark.alone  # expedites RCU on the whole host
+
 BENCH = [sys.executable, "-m", "fastrecv.bench"]
 
 

@@ -27,6 +27,8 @@ from fastrecv.bench.lab import Lab, quick_grace_periods
 from fastrecv.bench.programs import PROGRAMS, selects
 from fastrecv.policies import Sender
 
+pytestmark = pytest.mark.alone  # expedites RCU on the whole host
+
 
 @pytest.fixture
 def lab() -> Iterator[Lab]:

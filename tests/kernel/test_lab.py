@@ -19,6 +19,8 @@ from fastrecv.bench.floods import FLOODS
 from fastrecv.bench.lab import FAR_IP4, FAR_IP6, HOST_IP4, HOST_IP6, BenchBusyError, Lab, quick_grace_periods
 from fastrecv.netns import Namespace
 
+pytestmark = pytest.mark.alone  # expedites RCU on the whole host
+
 RCU = Path("/sys/kernel/rcu_expedited")
 DOCUMENTATION = [ip_network("192.0.2.0/24"), ip_network("2001:db8::/32")]  # RFC 5737, RFC 3849
 

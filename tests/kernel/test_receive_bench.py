@@ -24,6 +24,8 @@ from fastrecv.bench.receive import drain
 from fastrecv.bench.receive_groups import GROUPS, Group
 from fastrecv.bench.receivers import Contender, missing
 
+pytestmark = pytest.mark.alone  # expedites RCU on the whole host
+
 BENCH = [sys.executable, "-m", "fastrecv.bench", "receive"]
 CHECKSUMS = {"udp4": ("snmp", "Udp", "InCsumErrors"), "udp6": ("snmp6", "", "Udp6InCsumErrors")}
 

@@ -19,6 +19,8 @@ from fastrecv.classic import Filter
 from fastrecv.policies import Policy
 from fastrecv.reuseport import detach
 
+pytestmark = pytest.mark.alone  # expedites RCU on the whole host
+
 BENCH = [sys.executable, "-m", "fastrecv.bench"]
 BPF = ["source", "flow", "uncounted", "tracking", "leaving", "modulo"]
 ROWS = {

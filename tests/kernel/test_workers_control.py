@@ -23,7 +23,7 @@ from fastrecv.workers.counters import FILLS
 from fastrecv.workers.requests import Status, ask
 from fastrecv.workers.status import Service as Standing
 from tests.kernel.commands import one_line
-from tests.kernel.privileges import need_open_root
+from tests.kernel.privileges import need_open_root, open_to_all
 from tests.kernel.supervising import ADDRESS, PORT, Service, app, namespace, say, until
 from tests.kernel.test_workers_cli import refused
 from tests.kernel.test_workers_life import NOBODY
@@ -99,8 +99,7 @@ def test_only_its_owner_may_ask_from_the_first_moment_and_another_s_file_stays(f
 def test_nobody_else_is_answered_even_where_the_file_lets_them(shared: Service) -> None:
     need_open_root()
     path = door(shared.folder)
-    for above in (shared.folder, *list(shared.folder.parents)[:2]):
-        above.chmod(0o777)
+    open_to_all(shared.folder)
     words = [sys.executable, "-c", AS_NOBODY, str(path)]
     denied = subprocess.run(words, capture_output=True, text=True, check=False)
     assert "PermissionError" in denied.stderr
@@ -182,8 +181,7 @@ WITHOUT_RUN = """mount -t tmpfs -o ro none /run && exec env -u RUNTIME_DIRECTORY
 
 def test_where_it_is_unless_something_is_said(folder: Path) -> None:
     need_open_root()
-    for path in (folder, *list(folder.parents)[:2]):
-        path.chmod(0o777)
+    open_to_all(folder)
     words = [sys.executable, "-c", DEFAULTS, str(folder)]
     found = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
     assert found == [f"{folder / 'first'}/53.sock", f"{folder / 'fastrecv'}/53.sock", "None", "None"]

@@ -196,18 +196,23 @@ def test_a_service_outlives_its_interface_by_its_sockets(wide: Cable, tmp_path: 
     with Service(tmp_path, "app:handle", *XDP, bind=BIND) as service:
         service.begun(2)
         before = service.pids(2)
+        for client in [wide.client() for _ in range(SENDERS)]:
+            client.send(b"by cable")
+        by_cable = ["by cable"] * SENDERS
+        service.noted(*by_cable)
+        assert all(service.rows()["handled"][:2])  # they have opened their rings, if they could
         wide.net.link("del", index=wide.index)
         service.says("the interface near0 is gone: .*: datagrams come by sockets alone until", 2)
         wide.net.addr("add", index=1, address=NEAR, prefixlen=32)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.sendto(b"by loopback", (NEAR, PORT))
-            service.noted("by loopback")
+            service.noted(*by_cable, "by loopback")
             assert service.pids(2) == before
             service.send(signal.SIGHUP)
             service.says("all workers are new")
             service.says("no interface 'near0' here: choose from lo: datagrams come by sockets alone", 2)
             sock.sendto(b"by loopback, too", (NEAR, PORT))
-            service.noted("by loopback", "by loopback, too")
+            service.noted(*by_cable, "by loopback", "by loopback, too")
         assert service.stop() == 0
         assert "Traceback" not in service.log
 

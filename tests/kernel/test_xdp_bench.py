@@ -19,7 +19,10 @@ from fastrecv.bench.lab import Lab, quick_grace_periods
 from fastrecv.bench.xdp import Wire
 from fastrecv.bench.xdp_contenders import CONTENDERS, ROOM, Contender, Stop
 
-pytestmark = pytest.mark.needs("AF_XDP in copy mode")
+pytestmark = [
+    pytest.mark.needs("AF_XDP in copy mode"),
+    pytest.mark.alone,  # expedites RCU on the whole host
+]
 
 BENCH = [sys.executable, "-m", "fastrecv.bench", "xdp"]
 SPEED = {"2.5 x Receiver.recv", "0.9 x C loop (AF_XDP)"}
