@@ -19,7 +19,7 @@ _AGAIN = 5.0  # seconds until a sink that has failed is opened again
 class Outlet:
     """Where record batches leave. url : of a sink (fastrecv.sinks.parsed); ValueError.
 
-    taken, lost : rows that the sink has taken, and that nobody has, because it was full or had failed.
+    taken, lost : rows that the sink has, and that nobody has, because it was full, had failed, or has failed with them.
     """
 
     def __init__(self, url: str) -> None:
@@ -48,15 +48,33 @@ class Outlet:
             self._fail(error)
         self.lost += rows
 
+    def look(self) -> None:
+        """Notice that the sink has failed with what it had taken, though nothing comes: a thread may be writing."""
+        if self._sink is not None and self._sink.statistics().lost:
+            try:
+                self._sink.flush(0)
+            except Exception as error:  # as above
+                self._fail(error)
+
     def close(self, timeout: float) -> None:
         """Wait so many seconds for what the sink has taken, and let go of it."""
         self._tell()
-        if self._sink is not None:
-            sink, self._sink = self._sink, None
-            try:
-                sink.close(timeout)
-            except Exception as error:  # as above
-                self._log.error("%s: %s", shown(self._url), error)
+        if (error := self._let_go(timeout)) is not None:
+            self._log.error("%s: %s", shown(self._url), error)
+
+    def _let_go(self, timeout: float) -> Exception | None:
+        """Close the sink, and count what it has lost of what it had taken; what it says to that."""
+        if self._sink is None:
+            return None
+        sink, self._sink = self._sink, None
+        said = None
+        try:
+            sink.close(timeout)
+        except Exception as error:  # as above
+            said = error
+        lost = sink.statistics().lost
+        self.taken, self.lost = self.taken - lost, self.lost + lost
+        return said
 
     def _accepted(self, sink: Sink, record: pa.RecordBatch) -> bool:
         """Whether it has; where it refuses these rows alone it stays open."""
@@ -84,6 +102,6 @@ class Outlet:
     def _fail(self, error: Exception) -> None:
         self._log.error("%s has failed, and is opened again in %g s: %s", shown(self._url), _AGAIN, error)
         self._again = time.monotonic() + _AGAIN
-        self.close(0)
-        if self._before is None:
-            self._before = self.lost
+        self._tell()
+        self._let_go(0)  # which says the same again
+        self._before = self.lost
