@@ -1,4 +1,4 @@
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 
 cdef enum Malformed:
@@ -22,7 +22,8 @@ cdef struct Counts:
     uint32_t sequence
     uint32_t due
     uint32_t late_due
-    uint32_t reserved
+    int8_t habit
+    uint8_t reserved[3]
     int64_t heard
     uint64_t datagrams
     uint64_t flows
@@ -57,6 +58,3 @@ cdef class Exporters:
     cdef int slot(self, const uint8_t *address, uint32_t domain, int version) noexcept nogil
     cdef int find(self, const uint8_t *address, uint32_t domain, int version) noexcept nogil
     cdef int layout(self, int exporter, int name) noexcept nogil
-
-
-cdef void follow(Counts *counts, uint32_t sequence, uint32_t units) noexcept nogil

@@ -19,12 +19,10 @@ cdef enum:
     _EXPORTERS = 10_000
     _SLOTS = 1 << 15  # of the table that finds them: a power of two, three times as many
     _TEMPLATES = 256
-    _FURTHEST = 1 << 20  # a larger gap between two sequence numbers is an exporter that begins anew
-    _ANEW = 4  # and so are so many datagrams that come late and follow one another
 
 EXPORTER = numpy.dtype([
     ("address", "u1", (16,)), ("domain", "u4"), ("version", "u2"), ("followed", "u1"), ("behind", "u1"),
-    ("sequence", "u4"), ("due", "u4"), ("late_due", "u4"), ("reserved", "u4"), ("heard", "i8"),
+    ("sequence", "u4"), ("due", "u4"), ("late_due", "u4"), ("habit", "i1"), ("reserved", "u1", (3,)), ("heard", "i8"),
     *((name, "u8") for name in ("datagrams", "flows", "octets", "packets", "options", "lost", "late", "unknown")),
     ("malformed", "u8", (len(MALFORMED),)),
 ])
@@ -34,9 +32,9 @@ address : 16 bytes in network order, IPv4 as ::ffff:a.b.c.d. domain : engine typ
 observation domain of IPFIX. heard : ms since the epoch. flows, octets, packets : of records; options : records of
 options. lost : what is missing by sequence numbers: flows of v5, datagrams of v9, records of IPFIX; a datagram that
 comes late, and counts as such, is taken off again. unknown : sets without a template, and templates of whom there are
-too many. malformed : datagrams that were
-not understood to their end, by kind, as MALFORMED names them. followed : whether `due`, the next sequence number, is
-known; behind, late_due : datagrams that came late and followed one another, and what follows them.
+too many. malformed : datagrams that were not understood to their end, by kind, as MALFORMED names them. followed :
+whether `due`, the next sequence number, is known; behind, late_due : datagrams that came late and followed one another,
+and what follows them; habit : what the sequence numbers of IPFIX count (sequences.pyx).
 """
 assert EXPORTER.itemsize == sizeof(Counts)
 assert len(MALFORMED) == MALFORMED_KINDS and MOST_EXPORTERS == _EXPORTERS and MOST_TEMPLATES == _TEMPLATES
@@ -182,22 +180,3 @@ cdef class Exporters:
             if templates.known[i].name == name:
                 return templates.known[i].layout
         return -1
-
-
-cdef void follow(Counts *counts, uint32_t sequence, uint32_t units) noexcept nogil:
-    """Compare a sequence number with the one that was due. units : by how much the next one is higher."""
-    cdef uint32_t gap = sequence - counts.due
-    cdef bint late = counts.followed and gap > <uint32_t>0 - <uint32_t>_FURTHEST
-    if late:
-        counts.behind = counts.behind + 1 if counts.behind and sequence == counts.late_due else 1
-        counts.late_due = sequence + units
-        if counts.behind < _ANEW:
-            counts.late += 1
-            counts.lost -= min(counts.lost, <uint64_t>units)
-            return
-    elif counts.followed and gap <= _FURTHEST:
-        counts.lost += gap
-    counts.behind = 0
-    counts.followed = True
-    counts.sequence = sequence
-    counts.due = sequence + units

@@ -1,8 +1,8 @@
 """The way through a batch of NetFlow and IPFIX datagrams, without the GIL: every length checked, every record put.
 
 NetFlow v5: Cisco, NetFlow Collection Engine User Guide, appendix B. NetFlow v9: RFC 3954. IPFIX: RFC 7011. Whose
-datagram it is, which layout a set has, and what is missing between two datagrams is known here; what a template says
-is not: the walk stops where one comes, and goes on when it has been learnt.
+datagram it is and which layout a set has is known here; what a template says is not: the walk stops where one comes, and
+goes on when it has been learnt.
 """
 
 import numpy
@@ -11,7 +11,8 @@ cimport numpy as cnp
 from fastrecv._flow.columns cimport (
     Column, Columns, Kind, Moment, Step, Store, Total, fill, number, put, repeat, reserve, reserve_bytes,
 )
-from fastrecv._flow.exporters cimport Counts, Exporters, Malformed, follow
+from fastrecv._flow.exporters cimport Counts, Exporters, Malformed
+from fastrecv._flow.sequences cimport not_understood, understood
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy
@@ -295,25 +296,14 @@ cdef class Walk:
         """The datagram was understood to its end."""
         cdef Counts *counts = &self.exporters.counts[self._exporter]
         self._within = False
-        if self._version == 9:
-            follow(counts, self._sequence, 1)
-        elif self._records == _UNTOLD:
-            counts.followed = False
-        else:
-            if self._version == 10 and counts.followed and self._sequence - counts.sequence == <uint32_t>self._flows:
-                # softflowd 1.1.0 counts the flows of the datagram itself in, and records of options never
-                counts.due = self._sequence
-            follow(counts, self._sequence, <uint32_t>self._records)
+        understood(counts, self._sequence, self._records, self._flows)
 
     cdef void malformed(self, int kind) noexcept nogil:
-        """It ends here; what it counts in sequence numbers is known of v9 alone."""
+        """It ends here."""
         cdef Counts *counts = &self.exporters.counts[self._exporter]
         counts.malformed[kind] += 1
         self._within = False
-        if self._version == 9:
-            follow(counts, self._sequence, 1)
-        else:
-            counts.followed = False
+        not_understood(counts, self._sequence)
 
     # Records
 

@@ -118,6 +118,9 @@ class Collector:
     def _look(self) -> None:
         window, now = self._settings.window, time.time()
         self._leave(self._decoder.flush())
+        self._flows.look()
+        if self._exporters is not None:
+            self._exporters.look()
         if now // window != self._since // window:  # a clock may be set back, too
             self._end_windows(now)
             if self._aggregation is not None and self._decoder.silent(now):

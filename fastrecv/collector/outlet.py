@@ -21,7 +21,7 @@ class Outlet:
     """Where record batches leave. url : of a sink (fastrecv.sinks.parsed); ValueError.
 
     sink : None while it has failed. sharded : whether it is one that keeps shards apart. taken, lost : rows that the
-    sink has taken, and that nobody has, because it was full or had failed.
+    sink has, and that nobody has, because it was full, had failed, or has failed with them.
     """
 
     def __init__(self, url: str) -> None:
@@ -60,15 +60,33 @@ class Outlet:
             self._fail(error)
         self.lost += rest
 
+    def look(self) -> None:
+        """Notice that the sink has failed with what it had taken, though nothing comes: a thread may be writing."""
+        if self.sink is not None and self.sink.statistics().lost:
+            try:
+                self.sink.flush(0)
+            except Exception as error:  # as above
+                self._fail(error)
+
     def close(self, timeout: float) -> None:
         """Wait so many seconds for what the sink has taken, and let go of it."""
         self._tell()
-        if self.sink is not None:
-            sink, self.sink = self.sink, None
-            try:
-                sink.close(timeout)
-            except Exception as error:  # as above
-                self._log.error("%s: %s", shown(self._url), error)
+        if (error := self._let_go(timeout)) is not None:
+            self._log.error("%s: %s", shown(self._url), error)
+
+    def _let_go(self, timeout: float) -> Exception | None:
+        """Close the sink, and count what it has lost of what it had taken; what it says to that."""
+        if self.sink is None:
+            return None
+        sink, self.sink = self.sink, None
+        said = None
+        try:
+            sink.close(timeout)
+        except Exception as error:  # as above
+            said = error
+        lost = sink.statistics().lost
+        self.taken, self.lost = self.taken - lost, self.lost + lost
+        return said
 
     def _accepted(self, sink: Sink, record: pa.RecordBatch, shard: int) -> bool:
         """Whether it has; where it refuses these rows alone it stays open."""
@@ -96,6 +114,6 @@ class Outlet:
     def _fail(self, error: Exception) -> None:
         self._log.error("%s has failed, and is opened again in %g s: %s", shown(self._url), _AGAIN, error)
         self._again = time.monotonic() + _AGAIN
-        self.close(0)
-        if self._before is None:
-            self._before = self.lost
+        self._tell()
+        self._let_go(0)  # which says the same again
+        self._before = self.lost

@@ -56,7 +56,7 @@ class Files(BaseSink):
     A file appears by rename(2) after fsync(2), with all its rows. What is in no finished file is lost with the process:
     where that is too much, publish to JetStream, and write files from there. What a dead process leaves, .NAME.tmp, the
     next open() removes, or renames where it was only the renaming that was missing. Shards make no difference.
-    flush() finishes the file.
+    flush() finishes the file. A sink that has failed has lost what is in no finished file: statistics().lost rows.
     """
 
     def __init__(self, form: Format, folder: str | os.PathLike[str], rotate: float, size: int, patience: float) -> None:
@@ -119,9 +119,12 @@ class Files(BaseSink):
 
     def statistics(self) -> SinkStatistics:
         with self._changed:
+            left, failed = self._published - self._finished, self._error is not None
             return SinkStatistics(
                 rows=self._rows, published=self._published, acknowledged=self._finished,
-                waiting=self._published - self._finished, spooled_bytes=self._waiting_bytes,
+                waiting=0 if failed else left, dropped=left if failed else 0,
+                spooled_bytes=0 if failed else self._waiting_bytes,
+                lost=self._rows - self._appeared if failed else 0,
             )  # fmt: skip
 
     def _raise(self) -> None:

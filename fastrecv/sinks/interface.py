@@ -20,14 +20,15 @@ Data: TypeAlias = "Batch | pa.RecordBatch | Rows"
 
 
 class SinkStatistics(NamedTuple):
-    """What a sink has done since it was opened. All but rows and spooled_bytes count messages.
+    """What a sink has done since it was opened. All but rows, lost and spooled_bytes count messages.
 
     A message is what one publish() gave, or a part of it where that was too long for one message of the engine.
 
     rows : that publish() has taken. published : messages of those. adopted : messages taken over from the spool of a
     process that has died. acknowledged : messages that are where they are going. waiting : those that are not yet.
-    dropped : messages given up because there was no room for newer ones; of those that were on their way just then
-    some may have arrived. At all times published + adopted = acknowledged + waiting + dropped.
+    dropped : messages given up because there was no room for newer ones, of which some that were on their way just then
+    may have arrived; or because the sink has failed. lost : rows of the latter, which publish() had taken. At all times
+    published + adopted = acknowledged + waiting + dropped.
     duplicates : acknowledged messages that the engine said it had already, and removed. torn : halves of messages that
     a killed process left, which no publish() had returned for. reconnects : connections to the engine after the first.
     spooled_bytes : on disk, in memory where there is no spool.
@@ -43,6 +44,7 @@ class SinkStatistics(NamedTuple):
     torn: int = 0
     reconnects: int = 0
     spooled_bytes: int = 0
+    lost: int = 0
 
 
 @runtime_checkable

@@ -67,6 +67,16 @@ class Clock:
         return self.now
 
 
+class Stopwatch:
+    """The same, for who asks how much time has passed."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -277,7 +287,7 @@ def test_rows_of_many_templates_have_one_schema_and_made_up_names_are_bounded(
         data = bytes(sum(length for _, length in fields))
         datagram = sent(IPFIX, number, templates(IPFIX, template(256, fields)), a_set(256, data))
         list(found.decoder.take(batch(datagram)))
-        records += [one.fit(found.decoder.finish(raw)) for raw in found.decoder.flush()]
+        records += [one.joined(found.decoder.finish(raw)) for raw in found.decoder.flush()]
     assert one.schema.names[4:] == ["sourceIPv4Address", "sourceIPv6Address", "ie9001", "ie9002", "protocolIdentifier"]
     assert one.left_out == 1
     assert caplog.messages == ["2 columns have names that are not IANA's: further ones are left out"]
@@ -287,6 +297,33 @@ def test_rows_of_many_templates_have_one_schema_and_made_up_names_are_bounded(
     assert one.joined(*records).to_pylist() == [{name: row.get(name) for name in one.schema.names} for row in rows]
     assert [row.get("sourceIPv4Address") for row in rows] == ["0.0.0.0", None, None, "0.0.0.0", None]  # noqa: S104
     assert [row.get("protocolIdentifier") for row in rows] == [None, None, None, 0, 0]
+
+
+def test_forged_columns_go_after_an_hour_and_those_that_somebody_has_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(union, "time", clock := Stopwatch())
+    monkeypatch.setattr(union, "MOST_UNNAMED", 20)
+    one = Union()
+
+    def own(first: int) -> pa.RecordBatch:
+        """What two honest exporters have together, of which one says little."""
+        return one.joined(*(pa.record_batch({"octetDeltaCount": [first], name: [1]}) for name in ("ie9", "vlanId")))
+
+    names = own(0).schema.names
+    assert names == ["octetDeltaCount", "ie9", "vlanId"]
+    forged = [pa.record_batch({f"ie{9000 + number}": [b"x"], "sourceIPv4Address": ["::"]}) for number in range(30)]
+    one.joined(*forged)
+    assert len(own(1).schema) == 3 + 19 + 1
+    assert one.left_out == 11
+    clock.now = union.FORGOTTEN
+    busy = pa.record_batch({"octetDeltaCount": [2]})
+    assert len(own(2).schema) == 3 + 19 + 1, "an hour has not passed"
+    clock.now += 1
+    assert one.joined(busy).schema.names == names, "what was there in this hour stays, in its order"
+    assert own(3).schema.names == names
+    assert one.joined(*forged[:19]).schema.names[3:5] == ["ie9000", "sourceIPv4Address"]
+    assert one.left_out == 11, "there is room for other names again"
+    clock.now *= 3
+    assert one.joined(busy).to_pylist() == [{"octetDeltaCount": 2}]
 
 
 def summed(keys: list[str], *datagrams: bytes) -> list[dict[str, Any]]:

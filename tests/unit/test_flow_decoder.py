@@ -269,12 +269,52 @@ def test_gaps_in_sequence_numbers_are_losses(version: int, numbers: tuple[int, .
     assert (found["lost"], found["late"]) == (lost, late)
 
 
-def test_gaps_of_an_exporter_that_counts_the_datagram_itself_in() -> None:
+def numbered(*datagrams: tuple[int, int]) -> list[bytes]:
+    """IPFIX datagrams of a sequence number, and of so many records."""
     plain = templates(IPFIX, template(256, [(OCTETS, 1)]))
-    datagrams = [sent(IPFIX, sequence, plain, a_set(256, bytes(records)))
-                 for sequence, records in ((24, 24), (56, 32), (88, 32), (100, 12))]  # fmt: skip
-    assert taken(*datagrams)["lost"] == 0
-    assert taken(*datagrams[:1], *datagrams[2:])["lost"] == 40  # of 32: by its own first number 24 were to come
+    return [sent(IPFIX, sequence, plain, a_set(256, bytes(records))) for sequence, records in datagrams]
+
+
+ITSELF = (24, 24), (56, 32), (68, 12), (100, 32), (120, 20)
+"""As softflowd 1.1.0 numbers them: each with the flows of its own."""
+BEFORE = (0, 3), (3, 5), (8, 2), (10, 4), (14, 6)
+
+
+def test_gaps_of_an_exporter_that_counts_the_datagram_itself_in() -> None:
+    assert taken(*numbered(*ITSELF))["lost"] == 0
+    assert taken(*numbered(*ITSELF[:3], ITSELF[4]))["lost"] == 32
+    assert taken(*numbered((24, 24), (88, 32), (100, 12)))["lost"] == 40  # of 32: nothing has shown its habit yet
+
+
+def test_a_loss_that_looks_like_another_habit_is_one() -> None:
+    assert taken(*numbered(*BEFORE))["lost"] == 0
+    assert taken(*numbered(*BEFORE[:3], BEFORE[4]))["lost"] == 4  # 14 - 8 are as many as the last one has
+    first_gap = taken(*numbered(*BEFORE[:1], (8, 8), (16, 4), (20, 5), (29, 9)))
+    assert first_gap["lost"] == 4, "one datagram that fits another habit settles nothing"
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("stream", "lost"), [(ITSELF, 32), (BEFORE, 4)])
+def test_the_habit_of_an_exporter_goes_to_the_next(stream: tuple[tuple[int, int], ...], lost: int, exact: bool) -> None:
+    second = Taken()
+    second.decoder.restore(taken(*numbered(*stream[:3])).decoder.snapshot(), exact)
+    second.take(*numbered(*stream[2:3] if not exact else (), stream[4]))
+    assert second["lost"] == lost
+
+
+def test_an_exporter_that_begins_anew_may_have_another_habit() -> None:
+    again = [((1 << 31) + sequence, records) for sequence, records in ITSELF]
+    assert taken(*numbered(*BEFORE, *again))["lost"] == 0
+    assert taken(*numbered(*BEFORE, *again[:3], again[4]))["lost"] == 32
+
+
+def test_those_that_are_too_many_have_no_sequence_together() -> None:
+    found = Taken()
+    spread = [(str(ip_address(0x0A000000 + host)), 9) for host in range(MOST_EXPORTERS)]
+    list(found.decoder.take(Batch.of([sent5(0, record5(1, 1))] * len(spread), endpoints(spread))))
+    plain = templates(NETFLOW9, template(256, [(OCTETS, 1)]))
+    found.take(*(sent(NETFLOW9, number, plain) for number in (5, 9, 1)), source="203.0.113.9")
+    assert (found["lost"], found["late"], found["datagrams"]) == (0, 0, MOST_EXPORTERS + 3)
 
 
 def test_after_records_that_nobody_could_count_no_loss_is_made_up() -> None:

@@ -188,6 +188,7 @@ def test_a_full_disk_is_said_by_the_next_call_and_leaves_no_half_file(tmp_path: 
             sink.publish([{"n": 1}])
         with pytest.raises(OSError, match="File too large"):
             sink.close()
+        assert (sink.statistics().waiting, sink.statistics().dropped, sink.statistics().lost) == (0, 1, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
