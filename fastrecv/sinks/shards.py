@@ -88,8 +88,11 @@ def parted(record: pa.RecordBatch, shards: NDArray[np.int64]) -> list[tuple[int,
     found, starts = np.unique(shards[order], return_index=True)
     if len(found) == 1:
         return [(int(found[0]), record)]
-    parts = np.split(order, starts[1:]) if len(found) else []
-    return [(int(shard), record.take(part)) for shard, part in zip(found, parts, strict=True)]
+    in_order, lengths = record.take(order), np.diff(starts, append=len(order))
+    return [
+        (shard, in_order.slice(start, length))
+        for shard, start, length in zip(found.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+    ]
 
 
 def _addresses(data: Batch | pa.RecordBatch, end: str) -> list[NDArray[np.uint64]]:
