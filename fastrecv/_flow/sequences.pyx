@@ -42,7 +42,7 @@ cdef void follow_records(Counts *counts, uint32_t sequence, uint32_t records, ui
     """The same for IPFIX, whatever the exporter's habit."""
     cdef bint before, within
     if counts.habit > _WITHIN and counts.habit < _BEFORE and not counts.followed:
-        if counts.habit == 0 and flows and sequence in (0, flows):  # the other one may have lost its first by now
+        if counts.habit == 0 and flows and sequence in (0, flows):  # the latter may be chance: its first may be missing
             counts.habit = _BEFORE if sequence == 0 else -1
     elif counts.habit > _WITHIN and counts.habit < _BEFORE:
         before = sequence == counts.due
