@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from dnslib import EDNS0, OPCODE, QTYPE, RCODE, RR, DNSLabel, DNSRecord
+from dnslib import CLASS, EDNS0, OPCODE, QTYPE, RCODE, RR, DNSLabel, DNSRecord
 
 from fastrecv import Batch, Receiver
 
@@ -28,6 +28,8 @@ __all__ = ["NameServer", "Zone"]
 LONGEST = 1232  # bytes of an answer over IPv6 that is not fragmented (DNS flag day 2020)
 SHORT = 512  # without EDNS (RFC 1035, 2.3.4)
 HEADER = 12
+ANY_CLASS = 255  # RFC 1035, 3.2.5
+BAD_VERSION = 16  # BADVERS (RFC 6891, 9), of which 4 bits are in the header and the rest in OPT
 KNOWN = 10_000  # questions whose answers are kept
 
 Records = list[RR]
@@ -77,7 +79,7 @@ class Zone:
         reply: DNSRecord = query.reply(ra=0)
         reply.header.ad = 0  # nothing here is signed
         name, kind = query.q.qname, query.q.qtype
-        if not name.matchSuffix(self.apex):
+        if query.q.qclass not in (CLASS.IN, ANY_CLASS) or not name.matchSuffix(self.apex):
             reply.header.aa, reply.header.rcode = 0, RCODE.REFUSED
             return reply
         while True:
@@ -159,15 +161,22 @@ class NameServer:
             parsed = DNSRecord.parse(bytes(2) + query)
             if parsed.header.get_opcode() == OPCODE.QUERY and len(parsed.questions) != 1:
                 raise ValueError("one question is asked at a time")
+            extensions = [record for record in parsed.ar if record.rtype == QTYPE.OPT]
+            if len(extensions) > 1:
+                raise ValueError("one OPT is all that there may be (RFC 6891, 6.1.1)")
         except Exception:  # whatever dnslib makes of nonsense
             return "malformed", _said(query, RCODE.FORMERR)
         if parsed.header.get_opcode() != OPCODE.QUERY:
             return "answered", _said(query, RCODE.NOTIMP)
+        if extensions and extensions[0].edns_ver:  # RFC 6891, 6.1.3: what it wants is not looked at
+            reply = parsed.reply(ra=0, aa=0)
+            reply.header.ad, reply.header.rcode = 0, BAD_VERSION & 0xF
+            reply.add_ar(EDNS0(udp_len=LONGEST, ext_rcode=BAD_VERSION >> 4))
+            return "answered", bytes(reply.pack()[2:])
         reply, room = self._zone.answer(parsed), SHORT
-        for extension in parsed.ar:
-            if extension.rtype == QTYPE.OPT:
-                room = min(max(extension.edns_len, SHORT), LONGEST)
-                reply.add_ar(EDNS0(udp_len=LONGEST))
+        if extensions:
+            room = min(max(extensions[0].edns_len, SHORT), LONGEST)
+            reply.add_ar(EDNS0(udp_len=LONGEST))
         packed = reply.pack()
         if len(packed) > room:
             reply.header.tc, reply.rr, reply.auth = 1, [], []

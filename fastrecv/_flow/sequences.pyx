@@ -2,9 +2,9 @@
 
 v5 numbers flows (Cisco, NetFlow Collection Engine User Guide, appendix B), v9 datagrams (RFC 3954, 5.1), IPFIX records:
 those sent before the datagram (RFC 7011, 3.1). softflowd 1.1.0 has a habit of its own with IPFIX: it counts the flows of
-the datagram itself in, and records of options never. Both numbers are alike while datagrams have as many records as one
-another, and a loss may look like the other habit once: so two datagrams that only one habit explains settle it, and it
-stays until the exporter begins anew.
+the datagram itself in, and records of options never. So the first number of one is 0, that of the other its flows. Whoever
+is heard later shows it between datagrams of unlike size; a loss may look like the other habit once, so two signs in a row
+settle it, and it stays until the exporter begins anew.
 """
 
 from fastrecv._flow.exporters cimport Counts
@@ -41,13 +41,18 @@ cdef void not_understood(Counts *counts, uint32_t sequence) noexcept nogil:
 cdef void follow_records(Counts *counts, uint32_t sequence, uint32_t records, uint32_t flows) noexcept nogil:
     """The same for IPFIX, whatever the exporter's habit."""
     cdef bint before, within
-    if counts.habit > _WITHIN and counts.habit < _BEFORE and counts.followed:
+    if counts.habit > _WITHIN and counts.habit < _BEFORE and not counts.followed:
+        if counts.habit == 0 and flows and sequence in (0, flows):  # the latter may be chance: its first may be missing
+            counts.habit = _BEFORE if sequence == 0 else -1
+    elif counts.habit > _WITHIN and counts.habit < _BEFORE:
         before = sequence == counts.due
         within = flows != 0 and sequence - counts.sequence == flows  # templates alone may just have been overtaken
         if before != within:
             settle(counts, before)
-        if within:
-            counts.due = sequence if counts.habit > _WITHIN else counts.sequence
+        if counts.habit == _WITHIN:
+            counts.due = counts.sequence  # from here on it is the first flow's number that is compared
+        elif within or counts.habit < 0:
+            counts.due = counts.sequence + flows
     if counts.habit == _WITHIN:
         follow(counts, sequence - flows, flows)
     else:

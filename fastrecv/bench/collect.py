@@ -22,19 +22,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from ipaddress import IPv4Address
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
 from fastrecv import Receiver, listeners, sockets
-from fastrecv.bench import environment
+from fastrecv.bench import environment, receive
 from fastrecv.bench.collect_contenders import CONTENDERS, Contender, missing
+from fastrecv.bench.collect_results import Collected, CollectResult
 from fastrecv.bench.collect_traffic import EXPORTERS, STREAMS, Export, exported
 from fastrecv.bench.results import Gate
 from fastrecv.bench.stage import pinned
@@ -42,7 +42,7 @@ from fastrecv.bench.survive_service import ADDRESS, PORT, namespace, until
 from fastrecv.errors import SocketRefusedError
 from fastrecv.privileges import ALONE
 
-__all__ = ["Plan", "Result", "Row", "document", "drained", "run", "send"]
+__all__ = ["Plan", "drained", "run", "send"]
 
 _ROOM_EACH = 4096  # bytes of buffer for a datagram: a page, and what the kernel charges beside
 _WARM = 0.05  # of the datagrams, sent before
@@ -51,59 +51,21 @@ _PAIRS = (("arrow", "nfcapd"), ("arrow-lz4", "nfcapd-lz4"), ("sums", "nfacctd"))
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(receive.Plan):
     """What a run is to measure. groups : names in STREAMS. datagrams : of a drain."""
-
-    groups: list[str]
-    rounds: int
-    datagrams: int
-    seed: int
-    cpu: int
 
     @property
     def steps(self) -> int:
-        """How many drains that makes."""
         return self.rounds * len(self.groups) * len(CONTENDERS)
 
 
-@dataclass
-class Row:
-    """A collector on a stream. ns : CPU time a flow, of each round; rate : flows a second of one CPU, the median."""
-
-    stream: str
-    contender: str
-    title: str
-    ns: list[float] = field(default_factory=list)
-
-    @property
-    def rate(self) -> float:
-        return 1e9 / median(self.ns)
-
-
-@dataclass
-class Result:
-    """What was measured: kept as JSON by collect_cli."""
-
-    started: str
-    version: str
-    argv: list[str]
-    plan: Plan
-    environment: dict[str, str]
-    rows: list[Row] = field(default_factory=list)
-    absent: dict[str, str] = field(default_factory=dict)
-    gates: list[Gate] = field(default_factory=list)
-    profiles: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def failed(self) -> bool:
-        return not all(gate.passed for gate in self.gates)
-
-
-def run(plan: Plan, on_step: Callable[[str], None]) -> Result:
+def run(plan: Plan, on_step: Callable[[str], None]) -> CollectResult:
     """Measure what the plan says. on_step : called after every drain, with the collector's title."""
-    result = Result(
-        datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), version("fastrecv"), sys.argv[1:], plan, environment.record()
-    )
+    result = CollectResult(
+        version=version("fastrecv"), started=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), argv=sys.argv[1:],
+        groups=plan.groups, seed=plan.seed, cpu=plan.cpu, rounds=plan.rounds, datagrams=plan.datagrams,
+        environment=environment.record(),
+    )  # fmt: skip
     here = {}
     for name, contender in CONTENDERS.items():
         if lacks := missing(contender):
@@ -118,11 +80,11 @@ def run(plan: Plan, on_step: Callable[[str], None]) -> Result:
 
 
 def _measure(
-    stream: str, here: dict[str, Contender], plan: Plan, rng: np.random.Generator, result: Result,
+    stream: str, here: dict[str, Contender], plan: Plan, rng: np.random.Generator, result: CollectResult,
     on_step: Callable[[str], None],
 ) -> None:  # fmt: skip
     exports = {share: _traffic(stream, plan, share) for share in {one.share for one in here.values()}}
-    rows = {name: Row(stream, name, one.title) for name, one in here.items()}
+    rows = {name: Collected(stream=stream, contender=name, title=one.title) for name, one in here.items()}
     wrong = []
     for _ in range(plan.rounds):
         for name in rng.permutation(list(here)).tolist():
@@ -153,7 +115,7 @@ def _traffic(stream: str, plan: Plan, share: float) -> tuple[Export, Export]:
     return exported(stream, warm), exported(stream, datagrams, first=warm // EXPORTERS)
 
 
-def _compare(stream: str, ours: Row, theirs: Row, result: Result) -> None:
+def _compare(stream: str, ours: Collected, theirs: Collected, result: CollectResult) -> None:
     ratios = sorted(other / own for own, other in zip(ours.ns, theirs.ns, strict=True))
     detail = f"{ours.title}: {median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}] x {theirs.title}"
     result.gates.append(Gate(name=f"{STREAMS[stream].title}: not slower", passed=median(ratios) >= 1, detail=detail))
@@ -309,12 +271,3 @@ def _profiling(profiles: dict[str, str], title: str) -> Iterator[Callable[[list[
              "--percent-limit", "2", "-F", "overhead,dso,symbol"], capture_output=True, text=True, check=False,
         )  # fmt: skip
         profiles[title] = "\n".join(line.rstrip() for line in said.stdout.splitlines() if line.strip())
-
-
-def document(result: Result) -> dict[str, Any]:
-    """The result as JSON has it."""
-    known = {name: value for name, value in vars(result).items() if name not in ("rows", "gates", "plan")}
-    return known | {
-        "plan": vars(result.plan), "rows": [vars(row) | {"rate": row.rate} for row in result.rows],
-        "gates": [{"name": gate.name, "passed": gate.passed, "detail": gate.detail} for gate in result.gates],
-    }  # fmt: skip

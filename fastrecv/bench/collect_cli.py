@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import click
 
 from fastrecv.bench import collect
 from fastrecv.bench.arguments import STDOUT, one_cpu, writable_file
+from fastrecv.bench.collect_results import CollectResult, encode
 from fastrecv.bench.collect_traffic import STREAMS
 
 __all__ = ["command", "render"]
@@ -50,19 +50,18 @@ def command(context: click.Context, /, json_file: Path | None, **chosen: Any) ->
         length=plan.steps, label="collecting", file=sys.stderr, item_show_func=lambda title: title or ""
     ) as bar:
         result = collect.run(plan, lambda title: bar.update(1, title))
-    text = json.dumps(collect.document(result), indent=1)
     if json_file == STDOUT:
-        click.echo(text)
+        click.echo(encode(result), nl=False)
     else:
         if json_file:
-            json_file.write_text(text + "\n", encoding="utf-8")
+            json_file.write_bytes(encode(result))
         click.echo(render(result))
     context.exit(1 if result.failed else 0)
 
 
-def render(result: collect.Result) -> str:
+def render(result: CollectResult) -> str:
     """The result as text."""
-    lines = [f"flows a second of one CPU, median of {result.plan.rounds} rounds, [min, max]"]
+    lines = [f"flows a second of one CPU, median of {result.rounds} rounds, [min, max]"]
     for stream in dict.fromkeys(row.stream for row in result.rows):
         lines += ["", STREAMS[stream].title]
         for row in result.rows:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from fastrecv.cli.arguments import seconds
-from fastrecv.cli.run import run, serve
+from fastrecv.cli.run import Row, run, serve
+from fastrecv.workers import Settings
+from fastrecv.workers.settings import SettingError
+
+if TYPE_CHECKING:
+    from fastrecv.collector.settings import CollectorSettings
 
 __all__ = ["collect"]
 
@@ -90,8 +97,6 @@ def collect(
     """  # noqa: D301 - click wants the character
     from fastrecv.collector.settings import CollectorSettings  # noqa: PLC0415 - an extra
 
-    if str(options["bind"] or "").startswith("tcp:"):
-        raise click.BadParameter("flows come over UDP: leave tcp: out", param_hint="--bind")
     try:
         settings = CollectorSettings(
             sink=sink, exporters=exporters, aggregate=aggregate, window=window, flush=flush, shards=shards
@@ -99,7 +104,32 @@ def collect(
     except ValueError as error:  # what can be wrong with the others was looked at before
         raise click.BadParameter(str(error), param_hint="--shards") from None
     settings.give()
-    return serve(options | {"handler": _HANDLER}, config, check, as_json)
+    return serve(options | {"handler": _HANDLER}, config, check, as_json, fitting=_over_udp, own=_rows(settings))
+
+
+def _over_udp(settings: Settings) -> None:
+    if (settings.bind or "").startswith("tcp:"):
+        raise SettingError("bind", "flows come over UDP: leave tcp: out")
+
+
+def _rows(settings: CollectorSettings) -> Iterator[Row]:
+    """What --check says of the collector's own settings; without passwords."""
+    from fastrecv.sinks.urls import hidden  # noqa: PLC0415 - an extra
+
+    context, default = click.get_current_context(), ParameterSource.DEFAULT
+    said = {
+        "sink": hidden(settings.sink),
+        "exporters": None if settings.exporters is None else hidden(settings.exporters),
+        "aggregate": ",".join(settings.aggregate) or None,
+        "window": settings.window,
+        "flush": settings.flush,
+        "shards": settings.shards,
+    }
+    for parameter in context.command.params:
+        if isinstance(parameter, click.Option) and parameter.name in said:
+            sources = {ParameterSource.COMMANDLINE: parameter.opts[0], ParameterSource.ENVIRONMENT: parameter.envvar}
+            source = sources.get(context.get_parameter_source(parameter.name) or default, "default")
+            yield parameter.name, said[parameter.name], str(source)
 
 
 collect.params += [parameter for parameter in run.params if parameter.name != "handler"]

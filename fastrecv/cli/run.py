@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import click
 import msgspec
 
 from fastrecv.cli import output
 from fastrecv.workers import Settings, Supervisor
-from fastrecv.workers.config import FILE, Config, ConfigError, gathered
+from fastrecv.workers.config import FILE, ConfigError, gathered
 from fastrecv.workers.settings import MAX_WORKERS, SettingError
 
-__all__ = ["run", "serve"]
+__all__ = ["Row", "run", "serve"]
+
+Row: TypeAlias = tuple[str, Any, str]
+"""Of --check: key, value, and where that comes from."""
 
 _DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(Settings)}
 
@@ -97,8 +101,14 @@ def run(config: str | None, check: bool, as_json: bool, **options: Any) -> int:
     return serve(options, config, check, as_json)
 
 
-def serve(options: dict[str, Any], config: str | None, check: bool, as_json: bool) -> int:
-    """Run the service of these options; the exit code. With `check` its settings are printed instead."""
+def serve(
+    options: dict[str, Any], config: str | None, check: bool, as_json: bool, *,
+    fitting: Callable[[Settings], None] = lambda _: None, own: Iterable[Row] = (),
+) -> int:  # fmt: skip
+    """Run the service of these options; the exit code. With `check` its settings are printed instead.
+
+    fitting : raises SettingError where the service itself cannot do with a setting. own : what it has besides.
+    """
     if as_json and not check:
         raise click.UsageError("--json is for --check: a running service has --log-format json")
     try:
@@ -106,11 +116,12 @@ def serve(options: dict[str, Any], config: str | None, check: bool, as_json: boo
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
     try:
+        fitting(found.settings)
         supervisor = Supervisor(found.settings)
     except SettingError as error:
         raise click.UsageError(found.explained(error)) from None
     if check:
-        _print(found, as_json)
+        _print([*own, *found.rows()], as_json)
         return 0
     try:
         return supervisor.run()
@@ -118,10 +129,10 @@ def serve(options: dict[str, Any], config: str | None, check: bool, as_json: boo
         raise click.UsageError(found.explained(error)) from None
 
 
-def _print(found: Config, as_json: bool) -> None:
+def _print(rows: list[Row], as_json: bool) -> None:
     if as_json:
-        output.as_json({key: {"value": value, "source": source} for key, value, source in found.rows()})
+        output.as_json({key: {"value": value, "source": source} for key, value, source in rows})
         return
     output.table(("setting", "value", "source"), [
-        (key, "-" if value is None else str(value), source) for key, value, source in found.rows()
+        (key, "-" if value is None else str(value), source) for key, value, source in rows
     ])  # fmt: skip

@@ -17,7 +17,7 @@ from fastrecv.sinks.jetstream import JetStream
 from fastrecv.sinks.json_lines import JsonLines
 from fastrecv.sinks.parquet import Parquet
 
-__all__ = ["parsed", "shown"]
+__all__ = ["hidden", "parsed", "shown"]
 
 _SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -50,9 +50,14 @@ def parsed(url: str) -> Sink:
         raise ValueError(f"sink {shown(url)}: {error}") from None
 
 
-def shown(url: str) -> str:
+def hidden(url: str) -> str:
     """Without credentials, which are nobody's who reads a log."""
-    return repr(re.sub("//.*@", "//...@", url))
+    return re.sub("//.*@", "//...@", url)
+
+
+def shown(url: str) -> str:
+    """The same in quotes."""
+    return repr(hidden(url))
 
 
 def seconds(text: str) -> float:

@@ -23,6 +23,7 @@ from fastrecv.collector.settings import VARIABLE, CollectorSettings
 from fastrecv.netns import Namespace
 from tests.kernel.exporting import Nfacctd, captured, nfprobe, softflowd
 from tests.kernel.supervising import ADDRESS, PORT, Service, namespace, until
+from tests.unit.flow_datagrams import Taken
 
 if TYPE_CHECKING:
     from tests.kernel.cable import Cable
@@ -245,6 +246,20 @@ def test_losses_and_nonsense_are_counted(folder: Path) -> None:
         assert (sums["datagrams"], sums["lost"], sums[f"malformed_{kind}"], sums["unknown"]) == (4, lost, 1, 0)
     nonsense = found[exporters[0].source, 0]
     assert (nonsense["malformed_header"], nonsense["malformed_version"], nonsense["datagrams"]) == (2, 2, 4)
+
+
+def test_what_is_lost_of_softflowd_is_counted_to_the_flow(tmp_path: Path) -> None:
+    capture = tmp_path / "capture"
+    four = [("10.0.0.1", 10_000 + number) for number in range(60)]
+    capture.write_bytes(captured([*four, *((f"2001:db8::{number:x}", 20_000) for number in range(1, 40))]))
+    datagrams, flows = softflowd(capture, IPFIX, 99), list[int]()
+    whole = Taken()
+    for datagram in datagrams:
+        flows.append(whole.take(datagram)["flows"] - sum(flows))
+    assert (whole["lost"], whole["late"], len(set(flows)) > 2) == (0, 0, True)
+    for place in range(1, len(datagrams) - 1):  # after the first and before the last, which nothing can miss
+        left = Taken().take(*datagrams[:place], *datagrams[place + 1 :])
+        assert (left["lost"], left["late"]) == (flows[place], 0)
 
 
 def test_totals_are_those_of_nfacctd_for_softflowd_and_nfprobe_in_every_version(folder: Path) -> None:

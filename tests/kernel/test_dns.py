@@ -76,10 +76,18 @@ def test_dig_gets_its_answer_and_nonsense_is_counted(service: Service) -> None:
     words = [dig, f"@{ADDRESS}", "-p", str(PORT), "+short", "+tries=1", "+time=5", "alias.example.com", "A"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
     assert done.stdout.split() == ["www.example.com.", "192.0.2.1"]
+    for asked, said in (
+        (["+edns=1", "+noednsnegotiation", "alias.example.com", "A"], "status: BADVERS"),
+        (["+edns=1", "alias.example.com", "A"], "status: NOERROR"),  # it has been told the version, and asks again
+        (["version.bind", "TXT", "CH"], "status: REFUSED"),
+    ):
+        again = [word for word in words[:-2] if word != "+short"]
+        done = subprocess.run([*again, *asked], capture_output=True, text=True, timeout=10, check=True)
+        assert said in done.stdout
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(5)
         for nonsense in (b"", b"short", b"\1\2\x80" + bytes(9), b"\1\2\0\0\0\1" + bytes(6)):
             sock.sendto(nonsense, (ADDRESS, PORT))
         assert sock.recv(99) == b"\1\2\x80\1" + bytes(8)
     assert service.stop() == 0
-    assert counted(service) == {"answered": 1, "dropped": 3, "malformed": 1}
+    assert counted(service) == {"answered": 5, "dropped": 3, "malformed": 1}

@@ -510,12 +510,50 @@ def test_sinks_stand_in_the_environment_too(
     monkeypatch.setenv("FASTRECV_SINK", "nats://jane:s3cret@localhost/flows?spool=/tmp/x")
     monkeypatch.setenv("FASTRECV_EXPORTERS", "jsonl:-")
     assert run(["collect", "-b", "127.0.0.1:2055", "--check"]) == 0
-    assert "s3cret" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "s3cret" not in printed
+    assert [line.split() for line in printed.splitlines()[1:6]] == [
+        ["sink", "nats://...@localhost/flows?spool=/tmp/x", "FASTRECV_SINK"],
+        ["aggregate", "-", "default"],
+        ["window", "60.0", "default"],
+        ["exporters", "jsonl:-", "FASTRECV_EXPORTERS"],
+        ["flush", "1.0", "default"],
+    ]
     assert CollectorSettings.given().sink.startswith("nats://jane:s3cret@")
     assert CollectorSettings.given().exporters == "jsonl:-"
     monkeypatch.setenv("FASTRECV_SINK", "none")
     assert run(["collect", "-b", "127.0.0.1:2055"]) == 2
     assert "'none' is no sink" in capsys.readouterr().err
+
+
+def test_check_says_as_json_what_options_have_given(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "")
+    words = ["--sink", "jsonl:-", "--aggregate", "exporterAddress,protocolIdentifier", "--window", "5"]
+    assert run(["collect", "-b", "127.0.0.1:2055", *words, "--check", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert list(said)[:5] == ["sink", "aggregate", "window", "exporters", "flush"]
+    assert said["sink"] == {"value": "jsonl:-", "source": "--sink"}
+    assert said["exporters"] == {"value": None, "source": "default"}
+    assert said["aggregate"] == {"value": "exporterAddress,protocolIdentifier", "source": "--aggregate"}
+    assert said["window"] == {"value": 5.0, "source": "--window"}
+    assert said["bind"] == {"value": "127.0.0.1:2055", "source": "--bind"}
+
+
+def test_connections_are_refused_whoever_asks_for_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "")
+    file = tmp_path / "collector.toml"
+    file.write_text('bind = "tcp:127.0.0.1:2055"\n')
+    assert run(["collect", "--sink", "jsonl:-", "--config", str(file)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"fastrecv collect: {file}: bind: flows come over UDP: leave tcp: out")
+    monkeypatch.setenv("FASTRECV_BIND", "tcp:127.0.0.1:2055")
+    assert run(["collect", "--sink", "jsonl:-"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("fastrecv collect: FASTRECV_BIND: flows come over UDP: leave tcp: out")
 
 
 @pytest.mark.parametrize(

@@ -283,14 +283,17 @@ BEFORE = (0, 3), (3, 5), (8, 2), (10, 4), (14, 6)
 def test_gaps_of_an_exporter_that_counts_the_datagram_itself_in() -> None:
     assert taken(*numbered(*ITSELF))["lost"] == 0
     assert taken(*numbered(*ITSELF[:3], ITSELF[4]))["lost"] == 32
-    assert taken(*numbered((24, 24), (88, 32), (100, 12)))["lost"] == 40  # of 32: nothing has shown its habit yet
+    assert taken(*numbered((24, 24), (88, 32), (100, 12)))["lost"] == 32, "its first number says it"
+    assert taken(*numbered((124, 24), (188, 32), (200, 12)))["lost"] == 40  # of 32: nothing has shown its habit yet
 
 
 def test_a_loss_that_looks_like_another_habit_is_one() -> None:
     assert taken(*numbered(*BEFORE))["lost"] == 0
     assert taken(*numbered(*BEFORE[:3], BEFORE[4]))["lost"] == 4  # 14 - 8 are as many as the last one has
-    first_gap = taken(*numbered(*BEFORE[:1], (8, 8), (16, 4), (20, 5), (29, 9)))
-    assert first_gap["lost"] == 4, "one datagram that fits another habit settles nothing"
+    gaps = [(8, 8), (16, 4), (20, 5), (29, 9)]
+    assert taken(*numbered((0, 3), *gaps))["lost"] == 5 + 4, "who begins with 0 is not softflowd"
+    later = [(100 + sequence, records) for sequence, records in [(0, 3), *gaps]]
+    assert taken(*numbered(*later))["lost"] == 4, "one datagram that fits another habit settles nothing"
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -26,10 +26,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> NameServer:
         return NameServer()
 
 
-def asked(server: NameServer, name: str, kind: str, room: int | None = None) -> DNSRecord:
-    query = DNSRecord.question(name, kind)
+def asked(
+    server: NameServer, name: str, kind: str, room: int | None = None, *, version: int = 0, qclass: str = "IN"
+) -> DNSRecord:
+    query = DNSRecord.question(name, kind, qclass)
     if room is not None:
-        query.add_ar(EDNS0(udp_len=room))
+        query.add_ar(EDNS0(udp_len=room, version=version))
     answer = server.answer(bytes(query.pack()))
     assert answer is not None
     parsed = DNSRecord.parse(answer)
@@ -73,6 +75,29 @@ def test_what_is_too_long_is_cut_off_and_says_so(server: NameServer, room: int |
     reply = asked(server, "big.example.com", "TXT", room)
     assert (reply.header.tc, len(reply.rr)) == ((0, 4) if whole else (1, 0))
     assert [record.edns_len for record in reply.ar] == ([] if room is None else [1232])
+
+
+@pytest.mark.parametrize(("kind", "code"), [("IN", "NOERROR"), ("*", "NOERROR"), ("CH", "REFUSED"), ("CS", "REFUSED")])
+def test_another_class_than_that_of_the_zone_is_refused(server: NameServer, kind: str, code: str) -> None:
+    reply = asked(server, "www.example.com", "A", qclass=kind)
+    assert (RCODE[reply.header.rcode], len(reply.rr)) == (code, int(code == "NOERROR"))
+    assert reply.header.aa == (code == "NOERROR")
+
+
+def test_another_version_of_edns_is_told_which_one_there_is(server: NameServer) -> None:
+    for name in ("www.example.com", "example.net"):
+        reply = asked(server, name, "A", 4096, version=1)
+        (extension,) = reply.ar
+        assert (extension.edns_rcode << 4 | reply.header.rcode, extension.edns_ver, extension.edns_len) == (16, 0, 1232)
+        assert (reply.rr, reply.auth, reply.header.aa) == ([], [], 0)
+
+
+def test_two_opts_are_malformed(server: NameServer) -> None:
+    query = DNSRecord.question("www.example.com")
+    query.add_ar(EDNS0(), EDNS0())
+    answer = server.answer(bytes(query.pack()))
+    assert answer is not None
+    assert DNSRecord.parse(answer).header.rcode == RCODE.FORMERR
 
 
 def test_what_cannot_be_answered(server: NameServer) -> None:
