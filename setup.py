@@ -53,6 +53,7 @@ class BuildExt(build_ext):
 
     def run(self) -> None:
         compile_bpf()
+        translate(self.extensions)
         super().run()
 
 
@@ -87,6 +88,17 @@ def extensions() -> list[Extension]:
     ]
 
 
+def translate(extensions: list[Extension]) -> None:
+    """Have Cython write the C, which only compiling needs: an sdist has none, and takes a third of the time without."""
+    made = cythonize(
+        extensions,
+        compiler_directives={"language_level": 3, "boundscheck": False, "wraparound": False, "binding": True},
+    )
+    sources = {extension.name: extension.sources for extension in made}
+    for extension in extensions:
+        extension.sources = sources[extension.name]
+
+
 def has_libxdp() -> bool:
     """Whether AF_XDP can be built; it is optional, and fastrecv.xdp says what to install where it is missing."""
     if shutil.which("pkg-config") and subprocess.run(["pkg-config", "--exists", "libxdp"], check=False).returncode == 0:
@@ -97,8 +109,5 @@ def has_libxdp() -> bool:
 
 setup(
     cmdclass={"build_ext": BuildExt, "sdist": Sdist},
-    ext_modules=cythonize(
-        extensions(),
-        compiler_directives={"language_level": 3, "boundscheck": False, "wraparound": False, "binding": True},
-    ),
+    ext_modules=extensions(),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -12,7 +13,7 @@ from typing import NamedTuple
 __all__ = ["Traces", "held", "remaining"]
 
 _NAME = "FASTRECV_TEST_RUN"  # a run's process, and where it is of several a dot and its worker: "17" or "17.23"
-_RUN = os.environ[_NAME] if "PYTEST_XDIST_WORKER" in os.environ else str(os.getpid())
+_RUN = os.environ.get(_NAME, "") if "PYTEST_XDIST_WORKER" in os.environ else str(os.getpid())
 _OURS = f"{_RUN}.{os.getpid()}" if "PYTEST_XDIST_WORKER" in os.environ else _RUN
 os.environ[_NAME] = _OURS  # inherited by every process that a test starts
 _LINK = re.compile(r"^link_id:\t(\d+)$", re.MULTILINE)  # Linux, kernel/bpf/syscall.c: bpf_link_show_fdinfo
@@ -50,11 +51,12 @@ def _started_by(process: Path) -> str:
 def _add(found: Traces, process: Path) -> None:
     found.namespaces.add((process / "ns/net").readlink().name)
     for fd in (process / "fd").iterdir():
-        name = fd.readlink().name
-        if name.startswith("net:["):
-            found.namespaces.add(name)
-        elif name.startswith("anon_inode:bpf") and (link := _LINK.search((process / "fdinfo" / fd.name).read_text())):
-            found.links.add(int(link[1]))
+        with contextlib.suppress(OSError):  # closed: one is what they were listed by
+            name = fd.readlink().name
+            if name.startswith("net:["):
+                found.namespaces.add(name)
+            elif name.startswith("anon_inode:bpf"):
+                found.links.update(map(int, _LINK.findall((process / "fdinfo" / fd.name).read_text())))
 
 
 def remaining(look: Callable[[], Traces], before: Traces) -> Traces:
