@@ -125,8 +125,7 @@ class Scene:
 
     def return_host(self) -> str:
         host = self.hosts[self._dead_host]
-        theirs = account.identities(self.consumers.kept())
-        self.spooled = int(np.count_nonzero(~np.isin(account.identities(host.acknowledged()), theirs)))
+        self.spooled = self._behind(host)
         host.start()
         with self.changing(f"host {host.number} back", [*self.routed, host.number]):
             pass
@@ -139,10 +138,11 @@ class Scene:
         return self._did("host added", f"host {number} added")
 
     def remove_host(self) -> str:
-        """First it has no senders any more, then it reads its queues to their end and stops."""
+        """First it has no senders any more, then nothing in its spool, which leaves with it; then it stops."""
         number = int(self._rng.choice(self.routed))
         with self.changing(f"host {number} taken away", [one for one in self.routed if one != number]):
             pass
+        self._emptied(self.hosts[number])
         self.hosts[number].stop()
         return self._did("host taken away", f"host {number} taken away")
 
@@ -155,6 +155,19 @@ class Scene:
     def _did(self, what: str, words: str) -> str:
         self.done[what] += 1
         return words
+
+    def _behind(self, host: Host) -> int:
+        """Records that it has acknowledged, and that are at no consumer."""
+        theirs = account.identities(self.consumers.kept())
+        return int(np.count_nonzero(~np.isin(account.identities(host.acknowledged()), theirs)))
+
+    def _emptied(self, host: Host) -> None:
+        deadline = time.monotonic() + _PATIENCE
+        while (behind := self._behind(host)) and time.monotonic() < deadline:
+            self.consumers.look()
+            time.sleep(10 * _TICK)
+        if behind:
+            raise RuntimeError(f"host {host.number} has {behind:,} records in its spool still")
 
     # Its end
 
