@@ -1,4 +1,4 @@
-"""The way through a batch of NetFlow and IPFIX datagrams, without the GIL: every length checked, every record put.
+"""The way through a batch of NetFlow and IPFIX datagrams, without the GIL, with every length checked.
 
 NetFlow v5: Cisco, NetFlow Collection Engine User Guide, appendix B. NetFlow v9: RFC 3954. IPFIX: RFC 7011. Whose
 datagram it is and which layout a set has is known here; what a template says is not: the walk stops where one comes, and
@@ -8,10 +8,9 @@ goes on when it has been learnt.
 import numpy
 
 cimport numpy as cnp
-from fastrecv._flow.columns cimport (
-    Column, Columns, Kind, Moment, Step, Store, Total, fill, number, put, repeat, reserve, reserve_bytes,
-)
+from fastrecv._flow.columns cimport Columns, Step, Store, number, reserve
 from fastrecv._flow.exporters cimport Counts, Exporters, Malformed
+from fastrecv._flow.records cimport MOST_STEPS, Layout, Origin, put_records
 from fastrecv._flow.sequences cimport not_understood, understood
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
@@ -26,7 +25,7 @@ DONE, TEMPLATES, FULL = range(3)
 """Why the walk has stopped: the batch is at its end; templates are to be learnt; the rows are to be taken first."""
 META = 4
 """Columns of every schema before those of its fields: number of the exporter, domain, version, ms when received."""
-MOST_FIELDS = 512
+MOST_FIELDS = MOST_STEPS
 """Of a template."""
 MOST_ROWS = 1 << 17
 """Rows that a schema gathers at most before they are taken."""
@@ -38,23 +37,11 @@ cdef enum Stop:
     _NO_MEMORY
 
 cdef enum:
-    _META = 4
-    _FIELDS = 512
     _ROWS = 1 << 17
     _BYTES = 64 << 20  # of all schemas together: a few forged bytes may make many
-    _ANY = 65535  # a length in a template: RFC 7011, 7
     _UNTOLD = -1  # how many records a datagram has
 
 cdef cnp.dtype _STEP = STEP
-
-
-cdef struct Layout:
-    # How records are put into columns. store : NULL where they are counted only. length : of a record, 0 where it varies.
-    Store *store
-    Step *steps
-    int count
-    uint32_t shortest
-    uint32_t length
 
 
 cdef class Walk:
@@ -83,9 +70,8 @@ cdef class Walk:
     cdef bint _within
     cdef const uint8_t *_at
     cdef const uint8_t *_end
-    cdef int _exporter, _version
+    cdef Origin _origin
     cdef uint32_t _sequence
-    cdef Moment _moment
     cdef int64_t _flows, _records
     cdef int _set
     cdef const uint8_t *_found
@@ -119,8 +105,8 @@ cdef class Walk:
         cdef Store *store = NULL
         cdef Step *kept
         cdef void *grown
-        if not 0 < count <= _FIELDS or shortest == 0:
-            raise ValueError(f"a record has 1 to {_FIELDS} fields, and bytes")
+        if not 0 < count <= MOST_STEPS or shortest == 0:
+            raise ValueError(f"a record has 1 to {MOST_STEPS} fields, and bytes")
         grown = realloc(self._layouts, (<size_t>self._layout_count + 1) * sizeof(Layout))
         if grown == NULL:
             raise MemoryError
@@ -163,7 +149,7 @@ cdef class Walk:
     def walk(self, int64_t now):
         """Go on through the batch: DONE, TEMPLATES or FULL. now : ms since the epoch."""
         cdef int stop
-        self._moment.received = now
+        self._origin.moment.received = now
         with nogil:
             stop = self.go_on()
         if stop == Stop._NO_MEMORY:
@@ -176,7 +162,7 @@ cdef class Walk:
     @property
     def found(self):
         """The templates at which the walk has stopped: number of the exporter, version, number of the set, its content."""
-        return self._exporter, self._version, self._set, <bytes>self._found[:self._found_length]
+        return self._origin.exporter, self._origin.version, self._set, <bytes>self._found[:self._found_length]
 
     def refuse(self):
         """They make no sense, and so neither does their datagram."""
@@ -223,11 +209,11 @@ cdef class Walk:
             if version == 10 and <int64_t>number(at + 2, 2) != length:
                 wrong = Malformed.LENGTH
         # ENDPOINT begins with the address
-        self._exporter = self.exporters.find(self._sources + <int64_t>self._row * 24, domain, version)
-        counts = &self.exporters.counts[self._exporter]
+        self._origin.exporter = self.exporters.find(self._sources + <int64_t>self._row * 24, domain, version)
+        self._origin.counts = counts = &self.exporters.counts[self._origin.exporter]
         counts.datagrams += 1
-        counts.heard = self._moment.received
-        self._version, self._flows, self._records, self._within = version, 0, 0, True
+        counts.heard = self._origin.moment.received
+        self._origin.version, self._flows, self._records, self._within = version, 0, 0, True
         if wrong >= 0:
             self.malformed(wrong)
             return
@@ -237,25 +223,25 @@ cdef class Walk:
     cdef void clock(self, const uint8_t *at) noexcept nogil:
         """The times and the sequence number of a header."""
         cdef uint64_t part
-        if self._version == 10:
-            self._moment.exported, self._moment.uptime = <int64_t>number(at + 4, 4) * 1000, 0
+        if self._origin.version == 10:
+            self._origin.moment.exported, self._origin.moment.uptime = <int64_t>number(at + 4, 4) * 1000, 0
             self._sequence = <uint32_t>number(at + 8, 4)
             return
-        self._moment.uptime = <uint32_t>number(at + 4, 4)
-        self._moment.exported = <int64_t>number(at + 8, 4) * 1000
-        if self._version == 5:
+        self._origin.moment.uptime = <uint32_t>number(at + 4, 4)
+        self._origin.moment.exported = <int64_t>number(at + 8, 4) * 1000
+        if self._origin.version == 5:
             part = number(at + 12, 4)
-            self._moment.exported += <int64_t>(part // 1000000) if part < 1000000000 else 0
+            self._origin.moment.exported += <int64_t>(part // 1000000) if part < 1000000000 else 0
             self._sequence = <uint32_t>number(at + 16, 4)
         else:
             self._sequence = <uint32_t>number(at + 12, 4)
 
     cdef int sets(self) noexcept nogil:
         """Go on through its sets."""
-        cdef Counts *counts = &self.exporters.counts[self._exporter]
+        cdef Counts *counts = self._origin.counts
         cdef int64_t length
         cdef int stop, name, layout
-        if self._version == 5:
+        if self._origin.version == 5:
             stop = self.records(0, self._end - self._at)
             if stop == Stop._DONE and self._within:
                 self.leave()
@@ -272,7 +258,7 @@ cdef class Walk:
                 self._set, self._found, self._found_length = name, self._at, <int>length - 4
                 self._at += length - 4
                 return Stop._TEMPLATES
-            layout = self.exporters.layout(self._exporter, name)  # none where it stands for many
+            layout = self.exporters.layout(self._origin.exporter, name)  # none where it stands for many
             if layout < 0:
                 counts.unknown += 1
                 self._records = _UNTOLD
@@ -289,18 +275,18 @@ cdef class Walk:
 
     cdef bint numbered(self, int name) noexcept nogil:
         """Whether a set may have this number: of templates, of options templates, or of a template."""
-        cdef int first = 2 if self._version == 10 else 0
+        cdef int first = 2 if self._origin.version == 10 else 0
         return name == first or name == first + 1 or name >= 256
 
     cdef void leave(self) noexcept nogil:
         """The datagram was understood to its end."""
-        cdef Counts *counts = &self.exporters.counts[self._exporter]
+        cdef Counts *counts = self._origin.counts
         self._within = False
         understood(counts, self._sequence, self._records, self._flows)
 
     cdef void malformed(self, int kind) noexcept nogil:
         """It ends here."""
-        cdef Counts *counts = &self.exporters.counts[self._exporter]
+        cdef Counts *counts = self._origin.counts
         counts.malformed[kind] += 1
         self._within = False
         not_understood(counts, self._sequence)
@@ -310,8 +296,9 @@ cdef class Walk:
     cdef int records(self, int number_of_layout, int64_t length) noexcept nogil:
         """Put the records of a set; less than a record at its end is padding."""
         cdef const Layout *layout = &self._layouts[number_of_layout]
-        cdef Counts *counts = &self.exporters.counts[self._exporter]
+        cdef Counts *counts = self._origin.counts
         cdef int64_t most = length // layout.shortest
+        cdef int64_t before = 0
         cdef int64_t rows
         if most == 0:
             self.malformed(Malformed.DATA)
@@ -321,7 +308,11 @@ cdef class Walk:
                 return Stop._FULL
             if reserve(layout.store, most) < 0:
                 return Stop._NO_MEMORY
-        rows = self.alike(layout, most) if layout.length else self.unlike(layout, length)
+            before = layout.store.rows
+        rows = put_records(layout, &self._origin, self._at, length, &self._bytes)
+        if layout.store != NULL:
+            self._flows += layout.store.rows - before
+            self.gathered += layout.store.rows - before
         if rows == -2:
             return Stop._NO_MEMORY
         if rows < 0:
@@ -332,114 +323,3 @@ cdef class Walk:
         if layout.store == NULL:
             counts.options += <uint64_t>rows
         return Stop._DONE
-
-    cdef void begin_rows(self, Store *store, int64_t rows) noexcept nogil:
-        """The columns that every schema has, of rows whose values are put next."""
-        cdef Counts *counts = &self.exporters.counts[self._exporter]
-        repeat(&store.columns[0], store.rows, <uint64_t>self._exporter, rows)
-        repeat(&store.columns[1], store.rows, counts.domain, rows)
-        repeat(&store.columns[2], store.rows, <uint64_t>self._version, rows)
-        repeat(&store.columns[3], store.rows, <uint64_t>self._moment.received, rows)
-
-    cdef void end_rows(self, const Layout *layout, int64_t rows) noexcept nogil:
-        """Count rows whose values have been put."""
-        cdef Counts *counts = &self.exporters.counts[self._exporter]
-        cdef const uint64_t *values
-        cdef uint64_t total
-        cdef int64_t row
-        cdef int i
-        for i in range(layout.count):
-            if layout.steps[i].total != Total.NOTHING:
-                values = <const uint64_t *>layout.store.columns[layout.steps[i].column].data + layout.store.rows
-                total = 0
-                for row in range(rows):
-                    total += values[row]
-                if layout.steps[i].total == Total.IN_OCTETS:
-                    counts.octets += total
-                else:
-                    counts.packets += total
-        layout.store.rows += rows
-        counts.flows += <uint64_t>rows
-        self._flows += rows
-        self.gathered += rows
-        self._bytes += rows * layout.store.width
-
-    cdef int64_t alike(self, const Layout *layout, int64_t rows) noexcept nogil:
-        """Put records of one length; how many, -2 without memory."""
-        cdef Store *store = layout.store
-        cdef const Step *step
-        cdef Column *column
-        cdef int i
-        if store == NULL:
-            return rows
-        self.begin_rows(store, rows)
-        for i in range(layout.count):
-            step = &layout.steps[i]
-            if step.column < 0:
-                continue
-            column = &store.columns[step.column]
-            if step.kind == Kind.VARIABLE:
-                if reserve_bytes(column, rows * step.length) < 0:
-                    return -2
-                self._bytes += rows * step.length
-            fill(step, column, store.rows, self._at + step.offset, layout.length, rows, &self._moment)
-        self.end_rows(layout, rows)
-        return rows
-
-    cdef int64_t unlike(self, const Layout *layout, int64_t length) noexcept nogil:
-        """Put records whose lengths differ; how many, -1 where one goes beyond the set, -2 without memory."""
-        cdef const uint8_t *at = self._at
-        cdef const uint8_t *end = self._at + length
-        cdef const uint8_t *places[_FIELDS]
-        cdef int lengths[_FIELDS]
-        cdef int64_t rows = 0
-        while end - at >= layout.shortest:
-            at = measure(layout, at, end, places, lengths)
-            if at == NULL:
-                return -1
-            if layout.store != NULL and self.put_one(layout, places, lengths) < 0:
-                return -2
-            rows += 1
-        return rows
-
-    cdef int put_one(self, const Layout *layout, const uint8_t **places, const int *lengths) noexcept nogil:
-        cdef Store *store = layout.store
-        cdef const Step *step
-        cdef int i
-        self.begin_rows(store, 1)
-        for i in range(layout.count):
-            step = &layout.steps[i]
-            if step.column < 0:
-                continue
-            if step.kind == Kind.VARIABLE:
-                if reserve_bytes(&store.columns[step.column], lengths[i]) < 0:
-                    return -1
-                self._bytes += lengths[i]
-            put(step, &store.columns[step.column], store.rows, places[i], lengths[i], &self._moment)
-        self.end_rows(layout, 1)
-        return 0
-
-
-cdef const uint8_t *measure(
-    const Layout *layout, const uint8_t *at, const uint8_t *end, const uint8_t **places, int *lengths,
-) noexcept nogil:
-    """Where the fields of a record are, and how long; its end, NULL where that is beyond the set."""
-    cdef int i
-    cdef int64_t length
-    for i in range(layout.count):
-        length = layout.steps[i].length
-        if length == _ANY:  # a byte says its length, or is 255 and two say it
-            if end - at < 1:
-                return NULL
-            length = at[0]
-            at += 1
-            if length == 255:
-                if end - at < 2:
-                    return NULL
-                length = <int64_t>number(at, 2)
-                at += 2
-        if end - at < length:
-            return NULL
-        places[i], lengths[i] = at, <int>length
-        at += length
-    return at
