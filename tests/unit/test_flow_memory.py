@@ -60,8 +60,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def test_what_nobody_holds_is_used_again() -> None:
     """Ten times 12,000 rows are some 2,500 pages, which would be new: malloc gives back at once here what is freed."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    words = [sys.executable, "-c", AGAIN]
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # fmt: skip
+    words = [sys.executable, "-P", "-c", AGAIN]
     said = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=60)
     assert int(said.stdout) < 250, said
 
