@@ -58,6 +58,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="its malloc is another, which touches pages of its own")
 def test_what_nobody_holds_is_used_again() -> None:
     """Ten times 12,000 rows are some 2,500 pages, which would be new: malloc gives back at once here what is freed."""
     environment = os.environ | {
