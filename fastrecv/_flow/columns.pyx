@@ -6,7 +6,7 @@ of this machine. What is put is of a length that the caller has checked.
 
 import numpy
 
-from fastrecv._flow.memory cimport claim, given
+from fastrecv._flow.memory cimport Memory, claim
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
@@ -56,12 +56,12 @@ cdef int reserve(Store *store, int64_t rows) noexcept nogil:
         return -1
     for i in range(store.count):
         column = &store.columns[i]
-        if column.width:
+        if column.width and room > store.room:
             grown = realloc(column.data, <size_t>(room * column.width))
             if grown == NULL:
                 return -1
             column.data = <uint8_t *>grown
-        else:
+        elif not column.width:
             grown = realloc(column.offsets, <size_t>((room + 1) * 4))
             if grown == NULL:
                 return -1
@@ -119,16 +119,16 @@ cdef class Columns:
         cdef int i
         if rows == 0:
             raise ValueError("nothing was gathered")
-        taken = []
+        # What may fail comes first: halfway some columns would be without memory.
+        taken = [Memory() if self.store.columns[i].width else (Memory(), Memory()) for i in range(self.store.count)]
         for i in range(self.store.count):
             column = &self.store.columns[i]
             if column.width:
-                taken.append(given(column.data, rows * column.width, self.store.room * column.width))
+                (<Memory>taken[i]).hold(column.data, rows * column.width, self.store.room * column.width)
             else:
-                taken.append((
-                    given(column.offsets, (rows + 1) * 4, (self.store.room + 1) * 4),
-                    given(column.data, column.used, column.room),
-                ))
+                offsets, data = taken[i]
+                (<Memory>offsets).hold(column.offsets, (rows + 1) * 4, (self.store.room + 1) * 4)
+                (<Memory>data).hold(column.data, column.used, column.room)
                 column.offsets = NULL
                 column.used = column.room = 0
             column.data = NULL

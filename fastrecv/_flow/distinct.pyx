@@ -6,7 +6,7 @@ import numpy
 
 cimport cython
 cimport numpy as cnp
-from fastrecv._flow.memory cimport claim, give_back, given
+from fastrecv._flow.memory cimport Memory, claim, give_back
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -20,13 +20,15 @@ cdef struct Entry:
     uint32_t number
     uint32_t place
 
-# Whoever sends may choose the numbers: not knowing this he cannot choose those that meet in one entry.
-cdef uint64_t _FACTOR = secrets.randbits(64) | 1
+# Whoever sends may choose the numbers: not knowing these he cannot choose those that meet in one entry. One of them alone
+# would put neighbouring addresses into neighbouring entries, in a process in some hundred.
+cdef uint64_t _FIRST = secrets.randbits(64) | 1
+cdef uint64_t _SECOND = secrets.randbits(64) | 1
 
 
 @cython.final
 cdef class Table:
-    """Entries by a multiplicative hash, the next free one where two meet; half of them are free."""
+    """Entries by two rounds of a multiplicative hash, the next free one where two meet; half of them are free."""
 
     cdef Entry *entries
     cdef int bits
@@ -47,7 +49,8 @@ cdef class Table:
     cdef inline Entry *find(self, uint32_t number) noexcept nogil:
         """The entry of a number, or the free one that is to be."""
         cdef uint64_t mask = (<uint64_t>1 << self.bits) - 1
-        cdef uint64_t at = number * _FACTOR >> (64 - self.bits)
+        cdef uint64_t mixed = number * _FIRST
+        cdef uint64_t at = (mixed ^ mixed >> 32) * _SECOND >> (64 - self.bits)
         while self.entries[at].place and self.entries[at].number != number:
             at = at + 1 & mask
         return &self.entries[at]
@@ -56,7 +59,8 @@ cdef class Table:
 def distinct(const uint32_t[::1] numbers):
     """(places, found): what differs among numbers, in the order of appearance, and which each of them is: int32, uint32."""
     cdef int64_t rows = numbers.shape[0], at = 0
-    cdef Table table = Table.__new__(Table)
+    cdef Table table = Table()
+    cdef Memory memory = Memory()
     cdef int32_t *places
     cdef uint32_t[::1] kept
     cdef uint32_t count = 0
@@ -66,7 +70,7 @@ def distinct(const uint32_t[::1] numbers):
     places = <int32_t *>claim(4 * room)
     if places == NULL:
         raise MemoryError
-    memory = given(places, 4 * rows, 4 * room)
+    memory.hold(places, 4 * rows, 4 * room)
     found = numpy.empty(rows, "u4")
     kept = found
     table.begin(_LEAST)

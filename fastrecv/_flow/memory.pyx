@@ -53,7 +53,11 @@ cdef void give_back(void *at, int64_t room):
 
 
 cdef class Memory:
-    """Bytes by the buffer protocol; given back with the last who looks at them."""
+    """Bytes by the buffer protocol, none at first; given back with the last who looks at them."""
+
+    cdef void hold(self, void *at, int64_t length, int64_t room) noexcept:
+        """The first `length` bytes of what claim() or realloc() has given."""
+        self.at, self.length, self.room = at, <Py_ssize_t>length, room
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         PyBuffer_FillInfo(buffer, self, self.at, self.length, 1, flags)
@@ -63,12 +67,3 @@ cdef class Memory:
 
     def __dealloc__(self):
         give_back(self.at, self.room)
-
-
-cdef Memory given(void *at, int64_t length, int64_t room):
-    """The first `length` bytes of what claim() or realloc() has given."""
-    cdef Memory made = Memory.__new__(Memory)
-    made.at = at
-    made.length = <Py_ssize_t>length
-    made.room = room
-    return made

@@ -55,6 +55,8 @@ cdef void follow_records(Counts *counts, uint32_t sequence, uint32_t records, ui
             counts.due = counts.sequence + flows
     if counts.habit == _WITHIN:
         follow(counts, sequence - flows, flows)
+        if counts.habit == 0:  # it has begun anew, and nothing is settled
+            counts.sequence, counts.due = sequence, sequence + records
     else:
         follow(counts, sequence, records)
 

@@ -30,6 +30,7 @@ _ROWS = 1 << 16  # that are gathered until they are given to the sink
 _EVERY_BATCH = 256  # exporters and templates, up to which the state is kept after every batch
 _PAUSE = 10  # where they are more: between two times this often the time that one takes
 _LAST = 10.0  # seconds that sinks have at the end
+_LOOK = 1.0  # seconds until a sink is looked at, where nothing waits for it
 
 
 class _State(msgspec.Struct, array_like=True):
@@ -109,7 +110,7 @@ class Collector:
         window = self._settings.window
         while True:
             now = time.time()
-            await asyncio.sleep(min(self._settings.flush or window, window - now % window))
+            await asyncio.sleep(min(self._settings.flush or _LOOK, window - now % window))
             try:
                 self._look()
             except Exception as error:  # no memory, say, for what somebody has sent: the next look is to come

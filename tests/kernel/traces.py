@@ -35,12 +35,17 @@ def held(strangers: bool = False) -> Traces:
     found = Traces(set(), set())
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            started = _OURS if int(process.name) == os.getpid() else _started_by(process)
+            started = _OURS if os.getpid() in (int(process.name), _parent(process)) else _started_by(process)
             if started.partition(".")[0] != _RUN if strangers else started == _OURS:
                 _add(found, process)
         except OSError:
             continue  # the process has ended
     return found
+
+
+def _parent(process: Path) -> int:
+    """Who is forked and runs no other program has the environment that its parent began with."""
+    return int((process / "stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _started_by(process: Path) -> str:

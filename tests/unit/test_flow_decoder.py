@@ -309,6 +309,10 @@ def test_an_exporter_that_begins_anew_may_have_another_habit() -> None:
     again = [((1 << 31) + sequence, records) for sequence, records in ITSELF]
     assert taken(*numbered(*BEFORE, *again))["lost"] == 0
     assert taken(*numbered(*BEFORE, *again[:3], again[4]))["lost"] == 32
+    assert taken(*numbered(*ITSELF, *again))["lost"] == 0
+    assert taken(*numbered(*ITSELF, *again[:3], again[4]))["lost"] == 32
+    before = [((1 << 31) + sequence, records) for sequence, records in BEFORE]
+    assert taken(*numbered(*ITSELF, *before))["lost"] == 0
 
 
 def test_those_that_are_too_many_have_no_sequence_together() -> None:
