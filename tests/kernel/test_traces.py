@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import subprocess
+from collections.abc import Iterator
 
 from fastrecv.bpf import Link
 from tests.kernel.steering import Stage
@@ -18,6 +21,17 @@ def sleeping(stack: contextlib.ExitStack, link: Link, environment: dict[str, str
     return process
 
 
+@contextlib.contextmanager
+def forked() -> Iterator[None]:
+    """A process that was forked from this one, runs no other program, and holds what this one holds now."""
+    if not (child := os.fork()):
+        signal.alarm(60)
+        signal.pause()
+    yield
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
 def test_links_and_namespaces_are_of_those_who_hold_them(stage: Stage) -> None:
     before = held()
     with contextlib.ExitStack() as stack:
@@ -28,9 +42,13 @@ def test_links_and_namespaces_are_of_those_who_hold_them(stage: Stage) -> None:
             assert number not in held(strangers=True).links
             child = sleeping(stack, link, None)
             sleeping(stack, link, {})
+            copy = stack.enter_context(contextlib.ExitStack())
+            copy.enter_context(forked())
         assert held().links - before.links == {number}
         child.kill()
         child.wait()
+        assert held().links - before.links == {number}
+        copy.close()
         assert held().links == before.links
         assert number in held(strangers=True).links
         assert f"net:[{stage.namespace.inode}]" in held(strangers=True).namespaces

@@ -16,6 +16,7 @@ _NAME = "FASTRECV_TEST_RUN"  # a run's process, and where it is of several a dot
 _RUN = os.environ.get(_NAME, "") if "PYTEST_XDIST_WORKER" in os.environ else str(os.getpid())
 _OURS = f"{_RUN}.{os.getpid()}" if "PYTEST_XDIST_WORKER" in os.environ else _RUN
 os.environ[_NAME] = _OURS  # inherited by every process that a test starts
+_BEGUN_WITH = Path("/proc/self/environ").read_bytes()  # what is set later is not in it
 _LINK = re.compile(r"^link_id:\t(\d+)$", re.MULTILINE)  # Linux, kernel/bpf/syscall.c: bpf_link_show_fdinfo
 _PATIENCE = 5.0  # seconds
 
@@ -35,7 +36,7 @@ def held(strangers: bool = False) -> Traces:
     found = Traces(set(), set())
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            started = _OURS if os.getpid() in (int(process.name), _parent(process)) else _started_by(process)
+            started = _OURS if int(process.name) == os.getpid() else _started_by(process)
             if started.partition(".")[0] != _RUN if strangers else started == _OURS:
                 _add(found, process)
         except OSError:
@@ -43,14 +44,16 @@ def held(strangers: bool = False) -> Traces:
     return found
 
 
-def _parent(process: Path) -> int:
-    """Who is forked and runs no other program has the environment that its parent began with."""
-    return int((process / "stat").read_text().rpartition(")")[2].split()[1])
-
-
 def _started_by(process: Path) -> str:
-    words = (process / "environ").read_bytes().split(b"\0")
+    environ = (process / "environ").read_bytes()
+    if environ == _BEGUN_WITH and _parent(process) == os.getpid():  # forked, and it runs no other program
+        return _OURS
+    words = environ.split(b"\0")
     return next((word.decode() for word in words if word.startswith(f"{_NAME}=".encode())), "").partition("=")[2]
+
+
+def _parent(process: Path) -> int:
+    return int((process / "stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _add(found: Traces, process: Path) -> None:
