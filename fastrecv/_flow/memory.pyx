@@ -44,12 +44,27 @@ cdef void give_back(void *at, int64_t room):
     """What claim() or realloc() has given, with its size."""
     global _spare_bytes
     cdef int size = size_of(room)
-    if at == NULL or size < 0 or _spare_bytes + room > _MOST:
+    if at == NULL or size < 0 or room > _MOST:
         free(at)
         return
+    if _spare_bytes + room > _MOST:
+        free_all()
     (<void **>at)[0] = _spares[size]
     _spares[size] = at
     _spare_bytes += room
+
+
+cdef void free_all() noexcept:
+    """When there is no room for more: sizes that nobody asks for any more are not to keep it for good."""
+    global _spare_bytes
+    cdef void *at
+    cdef int size
+    for size in range(_SIZES):
+        while _spares[size] != NULL:
+            at = _spares[size]
+            _spares[size] = (<void **>at)[0]
+            free(at)
+    _spare_bytes = 0
 
 
 cdef class Memory:
