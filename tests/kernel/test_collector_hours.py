@@ -1,4 +1,4 @@
-"""An hour of exports, time compressed: memory stays flat, and files are whole, complete, and readable by others."""
+"""Four hours of exports, time compressed: memory stays flat, and files are whole, complete, and readable by others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import duckdb
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from fastrecv.bench.collect_traffic import EXPORTERS, STREAMS, exported
 from fastrecv.netns import Namespace
 from tests.kernel.supervising import Service, namespace, until
 
-HOUR, EVERY = 3600, 10  # seconds, and how many of them are sent at once
+ALL, EVERY = 4 * 3600, 10  # seconds, and how many of them are sent at once
 FLOWS_A_SECOND = 10_000
 
 
@@ -39,14 +40,14 @@ def handled(service: Service, sent: int) -> None:
 
 
 @pytest.mark.proof
-def test_an_hour_of_ten_thousand_flows_a_second(ns: Namespace, tmp_path: Path) -> None:
+def test_four_hours_of_ten_thousand_flows_a_second(ns: Namespace, tmp_path: Path) -> None:
     files, sent, flows, octets, seen = tmp_path / "files", 0, 0, 0, []
     options = ("-w", 1, "--receive-buffer", 256 << 20, "--flush", 0.05, "--window", 3600)
     with Service(tmp_path, None, *options, "--sink", f"parquet:{files}?rotate=2s") as service:
         service.begun(1)
         (pid,) = service.pids(1)
         begun = dict.fromkeys(STREAMS, 0)
-        for step in range(HOUR // EVERY):
+        for step in range(ALL // EVERY):
             name = list(STREAMS)[step % len(STREAMS)]
             export = exported(name, EVERY * FLOWS_A_SECOND // STREAMS[name].flows, first=begun[name])
             begun[name] += len(export.datagrams[0])
@@ -59,8 +60,9 @@ def test_an_hour_of_ten_thousand_flows_a_second(ns: Namespace, tmp_path: Path) -
             handled(service, sent)
             seen.append(resident(pid))
         assert service.stop() == 0
-    print(f"{flows:,} flows; MiB: {seen[len(seen) // 10]} after a tenth, {seen[-1]} at the end, at most {max(seen)}")
-    assert seen[-1] <= 1.2 * max(seen[: len(seen) // 10])
+    early, late = median(seen[: len(seen) // 2]), median(seen[len(seen) // 2 :])  # it goes up and down with each file
+    print(f"{flows:,} flows; MiB: {early:g} in the first half, {late:g} in the second, at most {max(seen)}")
+    assert late <= 1.2 * early
     paths = sorted(files.iterdir())
     assert all(path.suffix == ".parquet" for path in paths)
     assert sum(pq.read_metadata(path).num_rows for path in paths) == flows
