@@ -37,9 +37,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.needs(*NEEDS))
-        if item.path.name in BUSY:
+        if _busy(item):
             item.add_marker(pytest.mark.alone)
-    items.sort(key=lambda item: item.path.name in BUSY)  # by then `make test` has nothing else to do
+    items.sort(key=_busy)  # by then `make test` has nothing else to do
+
+
+def _busy(item: pytest.Item) -> bool:
+    return item.path.parent == HERE and item.path.name in BUSY
 
 
 @pytest.hookimpl(optionalhook=True)
